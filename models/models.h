@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT
+// models/models.h: what the rooms above may use of a model besides the public API: adapters on the device, batches, and the
+// forward and backward pass.
+//
+// The graph knows nothing of why it is run. Evaluation, generation and training all hand it a batch of tokens and say where
+// logits are wanted.
+#ifndef KEEL_MODELS_H
+#define KEEL_MODELS_H
+
+#include "base.h"
+#include "device.h"
+#include "ops.h"
+
+#include <keel/model.h>
+#include <keel/session.h>
+
+// --- projections and adapters --------------------------------------------------------------------
+
+// The seven linear projections of a block, in llama.cpp's order of names.
+enum keel_proj { KEEL_ATTN_Q, KEEL_ATTN_K, KEEL_ATTN_V, KEEL_ATTN_OUTPUT, KEEL_FFN_GATE, KEEL_FFN_UP, KEEL_FFN_DOWN, KEEL_N_PROJ };
+extern const char *const keel_proj_name[KEEL_N_PROJ]; // "attn_q", ...
+// Input and output width of a projection.
+void keel_proj_shape(const keel_model *model, enum keel_proj proj, uint32_t *k, uint32_t *n);
+// Parses "all" or a comma-separated list of exact names into a bit set (bit i: keel_proj i). Errors: ARG, names the word.
+keel_status keel_targets_parse(const char *text, uint32_t *bits, const keel_log *log);
+
+// A LoRA adapter on the device. All its parameters lie in one span (f32), pair after pair, each tensor at a multiple of 256
+// bytes with zeros between, so that optimiser and norms treat them as one vector.
+typedef struct keel_adapter {
+    uint32_t rank;         // of all pairs when made by keel_adapter_create(); pairs loaded from a file may differ
+    float alpha, scale;    // scale: the user's factor
+    uint32_t n_layers;
+    struct keel_lora *pair; // [n_layers × KEEL_N_PROJ]; rank 0 where there is none
+    struct keel_span params;
+    uint64_t n_floats;     // floats in params, padding included
+    uint64_t n_params;     // without padding
+    struct keel_heap *heap;
+} keel_adapter;
+
+// A new adapter: A Kaiming-uniform as PEFT draws it (bound 1/sqrt(K)), each tensor from its own random stream; B zero.
+keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, uint64_t seed);
+// From a GGUF file or a PEFT folder. Errors as keel_session_add_adapter().
+keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale);
+// Writes a GGUF (path ends in ".gguf") that llama.cpp loads, or a PEFT folder that PeftModel.from_pretrained() loads. Atomic.
+keel_status keel_adapter_save(const keel_adapter *adapter, const keel_model *model, const char *path);
+void keel_adapter_destroy(keel_adapter **adapter);
+// Device bytes of the parameters of an adapter with this rank and these targets.
+uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets);
+
+// --- batches -------------------------------------------------------------------------------------
+
+// One row of a packed batch.
+struct keel_seq {
+    const int32_t *ids;
+    uint32_t n;       // tokens
+    uint32_t first;   // logits are wanted at the places that predict ids[first..n), first >= 1
+    float weight;     // training: derivative of the loss with respect to each of those negative log-likelihoods
+};
+
+// --- training pass -------------------------------------------------------------------------------
+
+// Buffers for forward and backward over packed rows: at most `max_tokens` tokens in rows of at most `max_row`, and `max_loss` loss places.
+// Owns: saved block inputs, one block's activations and gradients, attention probabilities, one chunk of logits.
+typedef struct keel_trainer keel_trainer;
+keel_status keel_trainer_create(keel_trainer **out, keel_model *model, uint32_t max_tokens, uint32_t max_row, uint32_t max_loss);
+void keel_trainer_destroy(keel_trainer **trainer);
+// Forward and backward over `seqs`; adds to `grads` (laid out like adapter->params) the gradient of Σ weight · nll, and writes the sum of the
+// unweighted negative log-likelihoods to *nll_sum. Rows never see each other. Blocks until done.
+keel_status keel_trainer_step(keel_trainer *trainer, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
+                              size_t n_seqs, double *nll_sum, uint64_t *n_loss);
+
+#endif

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+// keel/session.h: running a loaded model: generation, log-probabilities, divergence between base and adapted model.
+//
+// Thread safety: one thread at a time for a model and all its sessions.
+#ifndef KEEL_SESSION_H
+#define KEEL_SESSION_H
+
+#include <keel/model.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct keel_session keel_session;
+
+struct keel_session_params {
+    uint32_t n_ctx;   // tokens a sequence may have; 0: 4096 or the model's context if that is smaller
+    uint32_t n_batch; // tokens a forward pass takes at once; 0: 256
+};
+// NULL params: the defaults. Errors: NO_MEMORY, ARG (context above the model's).
+KEEL_API keel_status keel_session_create(keel_session **out, keel_model *model, const struct keel_session_params *params);
+KEEL_API void keel_session_destroy(keel_session **session); // accepts NULL and pointers to NULL
+
+// --- adapters ------------------------------------------------------------------------------------
+
+// Adds a LoRA adapter from a GGUF file (llama.cpp's layout) or a PEFT folder; several add up. `scale` multiplies alpha/rank.
+// Errors: IO, FORMAT, MISMATCH (names the tensor and both shapes).
+KEEL_API keel_status keel_session_add_adapter(keel_session *session, const char *path, float scale);
+KEEL_API void keel_session_clear_adapters(keel_session *session);
+
+// --- generation ----------------------------------------------------------------------------------
+
+struct keel_sample_params {
+    float temperature;    // 0: greedy
+    uint32_t top_k;       // 0: off
+    float top_p;          // 1: off
+    float min_p;          // 0: off
+    float repeat_penalty; // 1: off; divides positive and multiplies negative logits of tokens seen lately
+    uint32_t repeat_last; // how many tokens count as lately
+    uint64_t seed;
+};
+#define KEEL_SAMPLE_DEFAULTS .temperature = 1.0f, .top_k = 64, .top_p = 0.95f, .min_p = 0.0f, .repeat_penalty = 1.0f, .repeat_last = 64,
+
+// Appends tokens to the session's sequence and computes the logits after the last one. Errors: ARG (nothing to append, or the
+// context would overflow: the message says how much room is left), DEVICE_LOST, NUMERIC.
+KEEL_API keel_status keel_session_append(keel_session *session, const int32_t *ids, size_t n);
+// Logits [vocab] after the last appended token; valid until the next call with this session.
+KEEL_API const float *keel_session_logits(keel_session *session);
+// Draws the next token from the current logits without appending it. The random number depends on the seed and the length of
+// the sequence only, so that a text is reproducible.
+KEEL_API keel_status keel_session_sample(keel_session *session, const struct keel_sample_params *params, int32_t *id);
+KEEL_API uint32_t keel_session_length(const keel_session *session); // tokens in the sequence
+KEEL_API void keel_session_reset(keel_session *session);            // empties the sequence, keeps adapters
+
+// --- evaluation ----------------------------------------------------------------------------------
+
+// A row whose tokens from `first` on are scored: token i gets log p(ids[i] | ids[0..i)). first >= 1.
+struct keel_score_row {
+    const int32_t *ids;
+    uint32_t n, first;
+    float *logprobs;  // [n - first], filled in, nats
+    float *entropy;   // [n - first] or NULL: entropy of the distribution at the same places, nats
+};
+// Rows are packed into batches; logits are computed only where a token is scored. Adapters count. The session's own sequence is
+// kept. Errors: DATA (a row longer than the context: its index), NUMERIC, DEVICE_LOST.
+// `progress`, unless NULL, is told tokens done and in total; returning false stops with INTERRUPTED.
+KEEL_API keel_status keel_session_score(keel_session *session, struct keel_score_row *rows, size_t n_rows,
+                                        bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+
+// Divergence between the base model and the model with the session's adapters, over the whole vocabulary, at the places that
+// predict ids[first..n).
+struct keel_kl_row {
+    const int32_t *ids;
+    uint32_t n, first;
+    float *kl;         // [n - first] KL(base ‖ adapted), nats
+    float *kl_reverse; // [n - first] KL(adapted ‖ base), nats, or NULL
+};
+KEEL_API keel_status keel_session_kl(keel_session *session, struct keel_kl_row *rows, size_t n_rows,
+                                     bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+// keel/train.h: LoRA fine-tuning of a loaded model on its quantised weights, and adapter files.
+#ifndef KEEL_TRAIN_H
+#define KEEL_TRAIN_H
+
+#include <keel/model.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct keel_train_data {
+    const char *path; // JSONL: {"prompt","completion","eos"?} or {"messages":[{"role","content"}]}
+    float weight;     // share of rows drawn from this file; 1 for a single file. Rows of file i are drawn in proportion to weight_i
+};
+
+struct keel_step_info {
+    uint64_t step;      // 1-based
+    uint64_t n_steps;
+    double loss;        // mean negative log-likelihood over the step's loss tokens, nats
+    double lr, grad_norm; // L2 norm over all adapter gradients before clipping
+    uint64_t tokens;    // tokens of the step (prompt and completion)
+    uint64_t loss_tokens;
+    double seconds;     // of the step
+};
+
+struct keel_train_params {
+    const struct keel_train_data *data;
+    size_t n_data;
+    const char *out;          // adapter to write: a path ending in .gguf, or a folder for PEFT
+    uint32_t rank;
+    float alpha;              // 0: rank × 2
+    const char *targets;      // comma-separated names of projections (attn_q, ..., ffn_down), or "all"; whole names only
+    double lr;
+    const char *schedule;     // "constant", "linear" or "cosine", to 0 at the last step
+    uint32_t warmup;          // steps of linear rise from 0
+    uint64_t steps;           // optimiser steps; 0: from epochs
+    double epochs;            // used when steps is 0
+    uint32_t batch, accum;    // rows a micro-batch, micro-batches a step
+    uint32_t seq_len;         // longest row in tokens; longer rows are an error
+    uint64_t seed;
+    bool no_shuffle;
+    double beta1, beta2, eps, weight_decay;
+    double grad_clip;         // 0: no clipping
+    const char *init_adapter; // start from this adapter, or NULL
+    const char *checkpoint;   // folder for the training state, or NULL: OUT.state
+    bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
+    uint64_t save_every;      // steps between states; 0: only at the end and on a stop
+    const char *log;          // JSONL, one line a step, or NULL
+    bool (*on_step)(void *user, const struct keel_step_info *info); // false: stop after this step, state saved. May be NULL
+    void *user;
+};
+#define KEEL_TRAIN_DEFAULTS                                                                                                        \
+    .rank = 16, .targets = "all", .lr = 2e-4, .schedule = "constant", .epochs = 1, .batch = 4, .accum = 1, .seq_len = 512,         \
+    .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,
+
+struct keel_train_result {
+    uint64_t steps;
+    double first_loss, last_loss;
+    uint64_t tokens;
+    double seconds;
+    uint64_t n_rows, n_params; // data rows, trained parameters
+    uint64_t data_hash;
+};
+
+// Trains and writes the adapter. The gradient of a step is that of the mean loss over all its loss tokens, however the step is
+// split into micro-batches. Deterministic for a device and a seed; going on from a state gives the same bits as never stopping.
+// Errors: ARG, DATA (file and line), NO_MEMORY (with the plan), MISMATCH (state of another run), NUMERIC (loss not finite: the last state
+// is kept), INTERRUPTED (asked to stop: state saved), IO.
+KEEL_API keel_status keel_train(keel_model *model, const struct keel_train_params *params, struct keel_train_result *result);
+
+// Converts adapters between llama.cpp's GGUF and PEFT folders (direction from the name of `to`: *.gguf or a folder).
+KEEL_API keel_status keel_adapter_convert(const keel_model *model, const char *from, const char *to);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
