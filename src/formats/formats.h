@@ -217,7 +217,7 @@ keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t le
 // several tokens), control tokens and unknown as an empty string. Not NUL-terminated; lives as long as `tok`.
 const char *keel_token_bytes(const keel_tokenizer *tok, int32_t id, size_t *len);
 // The token as the vocabulary writes it ("▁the", "<0x0A>", "<bos>"); NUL-terminated. Never NULL for 0 <= id < vocab.
-const char *keel_token_text(const keel_tokenizer *tok, int32_t id);
+const char *keel_token_name(const keel_tokenizer *tok, int32_t id);
 bool keel_token_is_control(const keel_tokenizer *tok, int32_t id);
 int32_t keel_token_find(const keel_tokenizer *tok, const char *text); // as the vocabulary writes it; -1 if absent
 // Appends the text of n tokens; the exact inverse of keel_tokenize for text without control tokens.
