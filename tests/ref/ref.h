@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+// tests/ref/ref.h: every op of ops.h and its backward in double precision and plain loops: the specification that the
+// shaders are tested against. Slow on purpose; nothing here is shared with the code under test, dequantisation included.
+//
+// Letters as in ops.h: T tokens, N outputs, K inputs, D width, H query heads, G key/value heads, d head size, V vocabulary,
+// r LoRA rank, R cache rows. Arrays are row-major and dense. A gradient is named d + the name of what it belongs to.
+// Outputs come first. A function that ends in _bwd overwrites its outputs unless it says +=.
+#ifndef KEEL_TEST_REF_H
+#define KEEL_TEST_REF_H
+
+#include "base.h"
+
+// --- weights (ref_quant.c) -----------------------------------------------------------------------
+
+// w [n] from GGUF blocks; n is a multiple of the type's block. `mag`, unless NULL, gets |scale| · (|quant| + |offset|) +
+// |minimum| for each element: what a rounding error of the dequantisation is relative to.
+void ref_dequant(double *w, double *mag, enum keel_dtype type, const void *blocks, size_t n);
+// Random valid blocks for n elements with values of order 1: random quants, small f16 scales of both signs, a few of them
+// zero or subnormal. For F32, F16 and BF16: normal values, a few zero, for F16 a few subnormal.
+void ref_random_blocks(struct keel_rng *rng, enum keel_dtype type, void *blocks, size_t n);
+
+// --- linear --------------------------------------------------------------------------------------
+
+// y [T, N] = x [T, K] · wᵀ, w [N, K]; y += with add
+void ref_linear(double *y, const double *x, const double *w, int T, int N, int K, bool add);
+// dx [T, K] = dy [T, N] · w; dx += with add
+void ref_linear_bwd(double *dx, const double *dy, const double *w, int T, int N, int K, bool add);
+// y [T, K] = scale · w[ids[t], :]
+void ref_embed(double *y, const uint32_t *ids, const double *w, int T, int K, double scale);
+
+// --- LoRA: a [r, K], b [N, r] --------------------------------------------------------------------
+
+void ref_lora_down(double *h, const double *x, const double *a, int T, int K, int r);                 // h = x · aᵀ
+void ref_lora_up(double *y, const double *h, const double *b, int T, int N, int r, double scale);     // y += scale · h · bᵀ
+void ref_lora_bwd_h(double *dh, const double *dy, const double *b, int T, int N, int r, double scale); // dh = scale · dy · b
+void ref_lora_bwd_x(double *dx, const double *dh, const double *a, int T, int K, int r);              // dx += dh · a
+void ref_lora_bwd_a(double *da, const double *dh, const double *x, int T, int K, int r);              // da += dhᵀ · x
+void ref_lora_bwd_b(double *db, const double *dy, const double *h, int T, int N, int r, double scale); // db += scale · dyᵀ · h
+
+// --- norms ---------------------------------------------------------------------------------------
+
+// y [T, D] = x / sqrt(mean(x²) + eps) · w (+ residual, unless NULL)
+void ref_rmsnorm(double *y, const double *x, const double *w, const double *residual, int T, int D, double eps);
+// dx = or, with add, dx +=
+void ref_rmsnorm_bwd(double *dx, const double *x, const double *w, const double *dy, int T, int D, double eps, bool add);
+
+// --- heads: QK-norm and rotary embedding ---------------------------------------------------------
+
+// x [T, H, d] → y [rows, H, d] at row slot[t] (t itself if slot is NULL). rope [T, d/2, 2] cosine, sine.
+// w NULL: a copy.
+void ref_heads(double *y, const double *x, const double *w, const double *rope, const int *slot, int T, int H, int d,
+               double eps);
+// dx [T, H, d] from dy [T, H, d]
+void ref_heads_bwd(double *dx, const double *x, const double *w, const double *rope, const double *dy, int T, int H, int d,
+                   double eps);
+
+// --- attention -----------------------------------------------------------------------------------
+
+// Token t sees keys lo[t] <= j < hi[t], which lie at cache row j % R.
+struct ref_mask {
+    const int *lo, *hi;
+};
+// o [T, H, d], p [H, T, S] (probability of key lo[t] + s; zero beyond) from q [T, H, d], k and v [R, G, d].
+// S is at least the largest hi - lo.
+void ref_attention(double *o, double *p, const double *q, const double *k, const double *v, struct ref_mask mask, int T,
+                   int H, int G, int d, int R, int S, double scale);
+// dq [T, H, d], dk and dv [R, G, d] from d_o [T, H, d] and p as ref_attention() left it.
+void ref_attention_bwd(double *dq, double *dk, double *dv, const double *d_o, const double *p, const double *q,
+                       const double *k, const double *v, struct ref_mask mask, int T, int H, int G, int d, int R, int S,
+                       double scale);
+
+// --- element-wise --------------------------------------------------------------------------------
+
+// y = gelu(gate) · up; gelu(x) = x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
+void ref_geglu(double *y, const double *gate, const double *up, size_t n);
+void ref_geglu_bwd(double *d_gate, double *d_up, const double *gate, const double *up, const double *dy, size_t n);
+
+// --- vocabulary rows -----------------------------------------------------------------------------
+
+// stats [C, 4] = max, log-sum-exp, logit of the target, entropy in nats
+void ref_xent(double *stats, const double *logits, const uint32_t *targets, int C, int V);
+// d_logits [C, V] = weight[i] · (softmax(logits[i]) - one_hot(targets[i]))
+void ref_xent_bwd(double *d_logits, const double *logits, const uint32_t *targets, const double *weights, int C, int V);
+// kl [C, 2] = KL(p ‖ q), KL(q ‖ p)
+void ref_kl(double *kl, const double *logits_p, const double *logits_q, int C, int V);
+
+// --- optimiser -----------------------------------------------------------------------------------
+
+double ref_sumsq(const double *x, size_t n);
+// One step of torch.optim.AdamW, step counted from 1. Gradients are scaled by min(1, clip / (norm + 1e-6)) first, norm being
+// that of all gradients; clip <= 0: not scaled.
+struct ref_adamw_params {
+    double lr, beta1, beta2, eps, weight_decay, clip, norm;
+    int step;
+};
+void ref_adamw(double *w, double *m, double *v, const double *g, size_t n, const struct ref_adamw_params *p);
+
+#endif
