@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// attn_keys_bwd: d[j, g, :] = scale · Σ_h Σ_t P[h, t, j] a[t, h, :] over the query heads of key head g and the tokens that see
+// key j; dv with (P, d_o), dk with (ds, q). Lane = element of the head; 4 keys share each row of a.
+#version 450
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_GOOGLE_include_directive : require
+#include "attention/attention.h"
+
+layout(local_size_x_id = 0) in;               // 64
+layout(constant_id = 1) const uint ELEMS = 4; // as in attn_mix
+const uint GROUP = 4;                         // KEEL_ATTENTION_GROUP
+
+layout(push_constant) uniform Push { attention_pc pc; };
+layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
+layout(set = 0, binding = 1) restrict readonly buffer A { float a[]; };        // [T, H, d]
+layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // lo, hi, slot, q_lo, q_hi
+layout(set = 0, binding = 3) restrict writeonly buffer D { float dkv[]; };     // [T, G, d]
+
+void main()
+{
+    const uint g = gl_WorkGroupID.y, per = pc.n_heads / pc.n_kv_heads;
+    const uint j0 = (pc.group0 + gl_WorkGroupID.x) * GROUP;
+    const uint last = pc.head_dim - 1u;
+
+    uint t_first = 0xffffffffu, t_end = 0u;
+    [[unroll]] for (uint i = 0; i < GROUP; i++) {
+        const uint j = min(j0 + i, pc.n_tokens - 1u);
+        t_first = min(t_first, spans[j * 8u + 3u]);
+        t_end = max(t_end, spans[j * 8u + 4u]);
+    }
+    float acc[GROUP * ELEMS];
+    [[unroll]] for (uint i = 0; i < GROUP * ELEMS; i++) {
+        acc[i] = 0.0;
+    }
+    [[dont_unroll]] for (uint h = g * per; h < (g + 1u) * per; h++) {
+        [[dont_unroll]] for (uint t = t_first; t < t_end; t++) {
+            const uint lo = spans[t * 8u], hi = spans[t * 8u + 1u];
+            const uint at = (h * pc.p_rows + t) * pc.p_cols;
+            float w[GROUP];
+            [[unroll]] for (uint i = 0; i < GROUP; i++) {
+                const uint j = j0 + i;
+                const bool seen = j >= lo && j < hi;
+                const float pv = p[at + (seen ? j - lo : 0u)];
+                w[i] = seen ? pv : 0.0;
+            }
+            [[unroll]] for (uint e = 0; e < ELEMS; e++) {
+                const float av = a[(t * pc.n_heads + h) * pc.head_dim + min(gl_LocalInvocationID.x + 64u * e, last)];
+                [[unroll]] for (uint i = 0; i < GROUP; i++) {
+                    acc[i * ELEMS + e] += w[i] * av;
+                }
+            }
+        }
+    }
+    [[unroll]] for (uint i = 0; i < GROUP; i++) {
+        if (j0 + i < pc.n_tokens) {
+            [[unroll]] for (uint e = 0; e < ELEMS; e++) {
+                const uint d = gl_LocalInvocationID.x + 64u * e;
+                if (d < pc.head_dim) {
+                    dkv[((j0 + i) * pc.n_kv_heads + g) * pc.head_dim + d] = pc.scale * acc[i * ELEMS + e];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// attn_mix: o[t, h, :] = scale · Σ_j P[h, t, j] b[j, g, :]; the output with (P, v), dq with (ds, k). Lane = element of the head;
+// 4 tokens share each row of b.
+#version 450
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_GOOGLE_include_directive : require
+#include "attention/attention.h"
+
+layout(local_size_x_id = 0) in;              // 64
+layout(constant_id = 1) const uint ELEMS = 4; // elements of the head a lane works on: head_dim / 64, rounded up
+const uint GROUP = 4;                        // KEEL_ATTENTION_GROUP
+
+layout(push_constant) uniform Push { attention_pc pc; };
+layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
+layout(set = 0, binding = 1) restrict readonly buffer B { float b[]; };        // [R, G, d]
+layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; };
+layout(set = 0, binding = 3) restrict writeonly buffer O { float o[]; };       // [T, H, d]
+
+void main()
+{
+    const uint h = gl_WorkGroupID.y, g = h / (pc.n_heads / pc.n_kv_heads);
+    const uint row0 = (pc.group0 + gl_WorkGroupID.x) * GROUP;
+    const uint last = pc.head_dim - 1u;
+
+    uint lo[GROUP], hi[GROUP], at[GROUP];
+    float acc[GROUP * ELEMS];
+    uint first = 0xffffffffu, end = 0u;
+    [[unroll]] for (uint i = 0; i < GROUP; i++) {
+        const uint row = min(row0 + i, pc.p_rows - 1u);
+        const uint t = pc.t0 + row;
+        lo[i] = spans[t * 8u];
+        hi[i] = spans[t * 8u + 1u];
+        at[i] = (h * pc.p_rows + row) * pc.p_cols;
+        first = min(first, lo[i]);
+        end = max(end, hi[i]);
+    }
+    [[unroll]] for (uint i = 0; i < GROUP * ELEMS; i++) {
+        acc[i] = 0.0;
+    }
+    uint slot = first % pc.kv_rows;
+    [[dont_unroll]] for (uint j = first; j < end; j++) {
+        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim;
+        slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u;
+        float w[GROUP];
+        [[unroll]] for (uint i = 0; i < GROUP; i++) {
+            const bool seen = j >= lo[i] && j < hi[i];
+            const float pv = p[at[i] + (seen ? j - lo[i] : 0u)];
+            w[i] = seen ? pv : 0.0;
+        }
+        [[unroll]] for (uint e = 0; e < ELEMS; e++) {
+            const float bv = b[key + min(gl_LocalInvocationID.x + 64u * e, last)];
+            [[unroll]] for (uint i = 0; i < GROUP; i++) {
+                acc[i * ELEMS + e] += w[i] * bv;
+            }
+        }
+    }
+    [[unroll]] for (uint i = 0; i < GROUP; i++) {
+        if (row0 + i < pc.p_rows) {
+            [[unroll]] for (uint e = 0; e < ELEMS; e++) {
+                const uint d = gl_LocalInvocationID.x + 64u * e;
+                if (d < pc.head_dim) {
+                    o[((pc.t0 + row0 + i) * pc.n_heads + h) * pc.head_dim + d] = pc.scale * acc[i * ELEMS + e];
+                }
+            }
+        }
+    }
+}

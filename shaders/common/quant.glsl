@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+// shaders/common/quant.glsl: reading weights in tile layout. One of the macros Q_F32 ... Q_Q6_K selects the type.
+//
+// A tile is 64 rows. Its sections follow each other; KB is the number of 32-column blocks, SB of 256-column blocks:
+//   Q4_*  q [KB][64] uvec4 (32 × 4 bits)                       F32  q [KB][8][64] uvec4 (4 floats)
+//   Q5_*  the same, then h [KB][64] u32 (the fifth bits)       F16  q [KB][4][64] uvec4 (8 halves), BF16 alike
+//   Q8_0  q [KB][2][64] uvec4 (16 × 8 bits)                    Q6_K q as Q4, then h [KB][64] 2 × u32 (the upper 2 bits)
+// then scales: _0 types s [KB][32] u32 (f16 of rows 2i and 2i+1); _1 types s [KB][64] u32 (f16 scale, f16 minimum);
+// Q4_K, Q5_K s [SB][64] uvec4 (8 × (u8 scale, u8 minimum)), d [SB][64] u32 (f16 scale, f16 minimum scale);
+// Q6_K s [SB][64] uvec4 (16 × s8), d [SB][32] u32 (f16 of rows 2i and 2i+1).
+// The packer is src/ops/tile.c; both follow docs/formats.md "tiles".
+//
+// The including shader declares `w_words` (uint[]) and `w_quads` (uvec4[]) over the same buffer.
+
+struct Scale {
+    float d, m; // weight = d * q + m
+};
+
+#if defined(Q_Q4_K) || defined(Q_Q5_K) || defined(Q_Q6_K)
+#define K_QUANT
+#endif
+#if defined(Q_F32) || defined(Q_F16) || defined(Q_BF16)
+#define FLOAT_TYPE
+#endif
+
+// Groups of 8 columns that share a scale.
+#if defined(Q_Q6_K)
+#define SCALE_SPAN 2u
+#else
+#define SCALE_SPAN 4u
+#endif
+
+uint tile_words(uint kb_n)
+{
+#if defined(Q_F32)
+    return kb_n * 2048u;
+#elif defined(Q_F16) || defined(Q_BF16)
+    return kb_n * 1024u;
+#elif defined(Q_Q4_0)
+    return kb_n * (256u + 32u);
+#elif defined(Q_Q4_1)
+    return kb_n * (256u + 64u);
+#elif defined(Q_Q5_0)
+    return kb_n * (256u + 64u + 32u);
+#elif defined(Q_Q5_1)
+    return kb_n * (256u + 64u + 64u);
+#elif defined(Q_Q8_0)
+    return kb_n * (512u + 32u);
+#elif defined(Q_Q4_K)
+    return kb_n * 256u + kb_n / 8u * (256u + 64u);
+#elif defined(Q_Q5_K)
+    return kb_n * (256u + 64u) + kb_n / 8u * (256u + 64u);
+#elif defined(Q_Q6_K)
+    return kb_n * (256u + 128u) + kb_n / 8u * (256u + 32u);
+#endif
+}
+
+float half_of(uint word, uint which)
+{
+    return unpackHalf2x16(word >> (16u * which)).x;
+}
+
+// Scale of columns 8j .. 8j+7 of block kb in row r of the tile whose first word is `base`; kb_n is KB.
+Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint j)
+{
+#if defined(FLOAT_TYPE)
+    return Scale(1.0, 0.0);
+#elif defined(Q_Q4_0)
+    const float d = half_of(w_words[base + kb_n * 256u + kb * 32u + (r >> 1)], r & 1u);
+    return Scale(d, -8.0 * d);
+#elif defined(Q_Q5_0)
+    const float d = half_of(w_words[base + kb_n * 320u + kb * 32u + (r >> 1)], r & 1u);
+    return Scale(d, -16.0 * d);
+#elif defined(Q_Q8_0)
+    const float d = half_of(w_words[base + kb_n * 512u + kb * 32u + (r >> 1)], r & 1u);
+    return Scale(d, 0.0);
+#elif defined(Q_Q4_1)
+    const vec2 dm = unpackHalf2x16(w_words[base + kb_n * 256u + kb * 64u + r]);
+    return Scale(dm.x, dm.y);
+#elif defined(Q_Q5_1)
+    const vec2 dm = unpackHalf2x16(w_words[base + kb_n * 320u + kb * 64u + r]);
+    return Scale(dm.x, dm.y);
+#elif defined(Q_Q4_K) || defined(Q_Q5_K)
+#if defined(Q_Q4_K)
+    const uint s = base + kb_n * 256u;
+#else
+    const uint s = base + kb_n * 320u;
+#endif
+    const uint sb = kb >> 3;
+    const uint pair = w_words[s + (sb * 64u + r) * 4u + ((kb & 7u) >> 1)] >> (16u * (kb & 1u));
+    const vec2 dm = unpackHalf2x16(w_words[s + kb_n * 32u + sb * 64u + r]);
+    return Scale(dm.x * float(pair & 255u), -dm.y * float(pair >> 8 & 255u));
+#elif defined(Q_Q6_K)
+    const uint s = base + kb_n * 384u;
+    const uint sb = kb >> 3;
+    const uint i = (kb & 7u) * 2u + (j >> 1); // which of the 16 sub-blocks
+    const int sc = bitfieldExtract(int(w_words[s + (sb * 64u + r) * 4u + (i >> 2)]), int(i & 3u) * 8, 8);
+    const float d = half_of(w_words[s + kb_n * 32u + sb * 32u + (r >> 1)], r & 1u) * float(sc);
+    return Scale(d, -32.0 * d);
+#endif
+}
+
+// The weights of columns 8j .. 8j+7 of block kb in row r.
+void fetch8(uint base, uint kb_n, uint kb, uint r, uint j, Scale s, out float w[8])
+{
+#if defined(Q_F32)
+    const uint at = base / 4u + (kb * 8u + 2u * j) * 64u + r;
+    const uvec4 a = w_quads[at], b = w_quads[at + 64u];
+    [[unroll]] for (uint i = 0; i < 4u; i++) {
+        w[i] = uintBitsToFloat(a[i]);
+        w[i + 4u] = uintBitsToFloat(b[i]);
+    }
+#elif defined(Q_F16)
+    const uvec4 a = w_quads[base / 4u + (kb * 4u + j) * 64u + r];
+    [[unroll]] for (uint i = 0; i < 4u; i++) {
+        const vec2 v = unpackHalf2x16(a[i]);
+        w[2u * i] = v.x;
+        w[2u * i + 1u] = v.y;
+    }
+#elif defined(Q_BF16)
+    const uvec4 a = w_quads[base / 4u + (kb * 4u + j) * 64u + r];
+    [[unroll]] for (uint i = 0; i < 4u; i++) {
+        w[2u * i] = uintBitsToFloat(a[i] << 16);
+        w[2u * i + 1u] = uintBitsToFloat(a[i] & 0xffff0000u);
+    }
+#elif defined(Q_Q8_0)
+    const uint at = base + ((kb * 2u + (j >> 1)) * 64u + r) * 4u + (j & 1u) * 2u;
+    const int a = int(w_words[at]), b = int(w_words[at + 1u]);
+    [[unroll]] for (uint i = 0; i < 4u; i++) {
+        w[i] = s.d * float(bitfieldExtract(a, int(8u * i), 8));
+        w[i + 4u] = s.d * float(bitfieldExtract(b, int(8u * i), 8));
+    }
+#else
+    const uint q = w_words[base + (kb * 64u + r) * 4u + j];
+#if defined(Q_Q5_0) || defined(Q_Q5_1) || defined(Q_Q5_K)
+    const uint h = w_words[base + kb_n * 256u + kb * 64u + r] >> (8u * j);
+    [[unroll]] for (uint i = 0; i < 8u; i++) {
+        w[i] = s.d * float((q >> (4u * i) & 15u) | (h >> i & 1u) << 4) + s.m;
+    }
+#elif defined(Q_Q6_K)
+    const uint h = w_words[base + kb_n * 256u + (kb * 64u + r) * 2u + (j >> 1)] >> (16u * (j & 1u));
+    [[unroll]] for (uint i = 0; i < 8u; i++) {
+        w[i] = s.d * float((q >> (4u * i) & 15u) | (h >> (2u * i) & 3u) << 4) + s.m;
+    }
+#else
+    [[unroll]] for (uint i = 0; i < 8u; i++) {
+        w[i] = s.d * float(q >> (4u * i) & 15u) + s.m;
+    }
+#endif
+#endif
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT
+// shaders/lora/lora.h: push constants of the low-rank products. M is an adapter matrix read as m[long * s_long + c * s_rank],
+// where `long` runs over the wide side (K or N) and c over the rank: both A [r, K] and B [N, r] fit.
+#include "common/shared.h"
+
+struct lora_pc {
+    uint wide;     // K or N
+    uint rank;
+    uint s_wide;   // stride of m along the wide side
+    uint s_rank;   // stride of m along the rank
+    uint n_tokens;
+    float scale;
+};

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+// lora_reduce: h [T, r] = scale · x [T, wide] M. The wide side is summed by SLICES lanes a token.
+#version 450
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_GOOGLE_include_directive : require
+#include "lora/lora.h"
+
+layout(local_size_x_id = 0) in;                // 64
+layout(constant_id = 1) const uint SLICES = 1; // lanes a token: 1 (many tokens) to 64 (one token)
+const uint COLS = 8;                           // ranks a workgroup works on
+
+layout(push_constant) uniform Push { lora_pc pc; };
+layout(set = 0, binding = 0) restrict readonly buffer X { float x[]; };  // [T, wide]
+layout(set = 0, binding = 1) restrict readonly buffer M { float m[]; };
+layout(set = 0, binding = 2) restrict writeonly buffer H { float h[]; }; // [T, r]
+
+shared float part[SLICES > 1 ? 64 * COLS : 1];
+
+void main()
+{
+    const uint lane = gl_LocalInvocationID.x;
+    const uint slice = SLICES == 1 ? 0u : lane % SLICES;
+    const uint t = gl_WorkGroupID.x * (64u / SLICES) + lane / SLICES;
+    const uint c0 = gl_WorkGroupID.y * COLS;
+    const uint row = min(t, pc.n_tokens - 1u) * pc.wide;
+
+    uint col[COLS];
+    float acc[COLS];
+    [[unroll]] for (uint i = 0; i < COLS; i++) {
+        col[i] = min(c0 + i, pc.rank - 1u) * pc.s_rank;
+        acc[i] = 0.0;
+    }
+    [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
+        const float xv = x[row + k];
+        const uint at = k * pc.s_wide;
+        [[unroll]] for (uint i = 0; i < COLS; i++) {
+            acc[i] += xv * m[at + col[i]];
+        }
+    }
+    if (SLICES > 1) {
+        [[unroll]] for (uint i = 0; i < COLS; i++) {
+            part[lane * COLS + i] = acc[i];
+        }
+        barrier();
+        // One lane a (token, column): sums that token's slices in order.
+        for (uint o = lane; o < 64u / SLICES * COLS; o += 64u) {
+            const uint tt = gl_WorkGroupID.x * (64u / SLICES) + o / COLS, c = c0 + o % COLS;
+            float sum = 0.0;
+            for (uint i = 0; i < SLICES; i++) {
+                sum += part[(o / COLS * SLICES + i) * COLS + o % COLS];
+            }
+            if (tt < pc.n_tokens && c < pc.rank) {
+                h[tt * pc.rank + c] = pc.scale * sum;
+            }
+        }
+    } else if (t < pc.n_tokens) {
+        [[unroll]] for (uint i = 0; i < COLS; i++) {
+            if (c0 + i < pc.rank) {
+                h[t * pc.rank + c0 + i] = pc.scale * acc[i];
+            }
+        }
+    }
+}

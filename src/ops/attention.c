@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MIT
+// ops/attention.c: grouped-query attention over ranges of keys, forward and backward, with the probabilities of one chunk of
+// tokens in memory. At the lengths keel trains on this costs less than recomputing them (portability notes 4).
+#include "ops_internal.h"
+
+#include "attention/attention.h"
+
+static_assert(sizeof(struct attention_pc) == 44, "shaders/attention/attention.h");
+
+#define GROUP KEEL_ATTENTION_GROUP
+// Probabilities of one chunk. Large enough for 512 tokens × 8 heads × 512 keys, far below every binding limit.
+#define SCRATCH_MAX (UINT64_C(48) << 20)
+
+uint64_t keel_attention_scratch(uint32_t n_tokens, uint32_t n_heads, uint32_t max_span)
+{
+    const uint64_t row = 4ull * n_heads * max_span;
+    return KEEL_MAX(KEEL_MIN(row * n_tokens, SCRATCH_MAX), row * KEEL_MIN(n_tokens, GROUP));
+}
+
+// One of the two products over keys, split by groups of tokens so that each dispatch stays short.
+enum product { SCORES, MIX, KEYS };
+
+struct product_args {
+    enum product what;
+    struct keel_span a, b, spans, out; // as the shaders bind them
+    uint32_t units;  // groups of tokens or keys
+    uint32_t keys;   // most keys (or tokens) a group goes through
+    const char *label;
+};
+
+static void record_product(keel_recorder *rec, struct attention_pc pc, const struct product_args *p)
+{
+    const uint64_t unit_flops = 2ull * GROUP * p->keys * pc.head_dim * pc.n_heads;
+    const uint32_t step = units_per_dispatch(rec, p->units, unit_flops, 1);
+    const uint32_t elems = keel_div_up(pc.head_dim, LANES);
+    for (uint32_t i = 0; i < p->units; i += step) {
+        const uint32_t n = KEEL_MIN(step, p->units - i);
+        pc.group0 = i;
+        pc.groups = n;
+        struct keel_dispatch d = {
+            .bind = { READ(p->a), READ(p->b), READ(p->spans), UPDATE(p->out) }, .n_bind = 4,
+            .push = &pc, .push_bytes = sizeof pc, .spec = { LANES, elems }, .n_spec = 2,
+            .flops = unit_flops * n,
+            .bytes = 4ull * n * p->keys * ((uint64_t)pc.head_dim * pc.n_heads + GROUP * pc.n_heads), .label = p->label,
+        };
+        if (p->what == SCORES) {
+            d.shader = &keel_sh_attn_scores;
+            d.n_spec = 1;
+            d.groups[0] = keel_div_up(p->keys, LANES);
+            d.groups[1] = n;
+            d.groups[2] = pc.n_heads;
+        } else {
+            d.shader = p->what == MIX ? &keel_sh_attn_mix : &keel_sh_attn_keys_bwd;
+            d.groups[0] = n;
+            d.groups[1] = p->what == MIX ? pc.n_heads : pc.n_kv_heads;
+            d.groups[2] = 1;
+        }
+        keel_record(rec, &d);
+    }
+}
+
+void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
+{
+    const uint64_t row = 4ull * p->n_heads * p->max_span;
+    uint32_t chunk = (uint32_t)KEEL_MIN(p->p.bytes / row, (uint64_t)p->n_tokens);
+    if (chunk < p->n_tokens) {
+        chunk = KEEL_MAX(chunk / GROUP * GROUP, GROUP);
+    }
+    for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
+        const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
+        struct attention_pc pc = {
+            .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
+            .kv_rows = p->kv_rows, .t0 = t, .p_rows = n, .p_cols = p->max_span, .scale = p->scale,
+        };
+        const uint32_t units = keel_div_up(n, GROUP);
+        record_product(rec, pc, &(struct product_args){ SCORES, p->q, p->k, p->spans, p->p, units, p->max_union, "attn_scores" });
+        keel_record(rec, &(struct keel_dispatch){
+            .shader = &keel_sh_attn_softmax, .spec = { LANES }, .n_spec = 1, .bind = { READ(p->spans), UPDATE(p->p) }, .n_bind = 2,
+            .push = &pc, .push_bytes = sizeof pc, .groups = { n, p->n_heads, 1 },
+            .flops = 6ull * n * p->n_heads * p->max_span, .bytes = 3 * row * n, .label = "attn_softmax" });
+        pc.scale = 1.0f;
+        record_product(rec, pc, &(struct product_args){ MIX, p->p, p->v, p->spans, p->o, units, p->max_union, "attn_mix" });
+    }
+}
+
+void keel_attention_bwd(keel_recorder *rec, const struct keel_attention_bwd_params *p)
+{
+    const uint64_t row = 4ull * p->n_heads * p->max_span;
+    const uint32_t units = keel_div_up(p->n_tokens, GROUP);
+    struct attention_pc pc = {
+        .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
+        .kv_rows = p->n_tokens, .p_rows = p->n_tokens, .p_cols = p->max_span, .scale = 1.0f,
+    };
+    KEEL_ASSERT(row * p->n_tokens <= p->p.bytes && row * p->n_tokens <= p->ds.bytes);
+    record_product(rec, pc, &(struct product_args){ SCORES, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
+    record_product(rec, pc, &(struct product_args){ KEYS, p->p, p->d_o, p->spans, p->dv, units, p->max_q_union, "attn_dv" });
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_attn_softmax_bwd, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(p->spans), READ(p->p), UPDATE(p->ds) }, .n_bind = 3,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_tokens, p->n_heads, 1 },
+        .flops = 4ull * p->n_tokens * p->n_heads * p->max_span, .bytes = 4 * row * p->n_tokens, .label = "attn_softmax_bwd" });
+    pc.scale = p->scale;
+    record_product(rec, pc, &(struct product_args){ MIX, p->ds, p->k, p->spans, p->dq, units, p->max_union, "attn_dq" });
+    record_product(rec, pc, &(struct product_args){ KEYS, p->ds, p->q, p->spans, p->dk, units, p->max_q_union, "attn_dk" });
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT
+// ops/lora.c: the low-rank products of LoRA (Hu et al. 2021), forward and backward. Three shaders serve six products, since
+// A [r, K] and B [N, r] differ only in strides.
+#include "ops_internal.h"
+
+#include "lora/lora.h"
+
+static_assert(sizeof(struct lora_pc) == 24, "shaders/lora/lora.h");
+
+static struct lora_pc pc_a(const struct keel_lora *l, uint32_t n_tokens, float scale)
+{
+    return (struct lora_pc){ .wide = l->k, .rank = l->rank, .s_wide = 1, .s_rank = l->k, .n_tokens = n_tokens, .scale = scale };
+}
+
+static struct lora_pc pc_b(const struct keel_lora *l, uint32_t n_tokens, float scale)
+{
+    return (struct lora_pc){ .wide = l->n, .rank = l->rank, .s_wide = l->rank, .s_rank = 1, .n_tokens = n_tokens, .scale = scale };
+}
+
+static uint64_t cost_bytes(const struct lora_pc *pc)
+{
+    return 4ull * ((uint64_t)pc->n_tokens * (pc->wide + pc->rank) + (uint64_t)pc->wide * pc->rank);
+}
+
+static void reduce(keel_recorder *rec, const struct lora_pc *pc, struct keel_span x, struct keel_span m, struct keel_span h,
+                   const char *label)
+{
+    // Lanes a token: all 64 for one token, one each for many.
+    const uint32_t slices = pc->n_tokens >= 64 ? 1 : pc->n_tokens >= 16 ? 4 : pc->n_tokens >= 4 ? 16 : 64;
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_lora_reduce, .spec = { LANES, slices }, .n_spec = 2,
+        .bind = { READ(x), READ(m), WRITE(h) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
+        .groups = { keel_div_up(pc->n_tokens, LANES / slices), keel_div_up(pc->rank, 8), 1 },
+        .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
+}
+
+static void expand(keel_recorder *rec, const struct lora_pc *pc, struct keel_span h, struct keel_span m, struct keel_span y,
+                   const char *label)
+{
+    const uint32_t tokens = pc->n_tokens >= 8 ? 8 : pc->n_tokens >= 4 ? 4 : 1;
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_lora_expand, .spec = { LANES, tokens }, .n_spec = 2,
+        .bind = { READ(h), READ(m), UPDATE(y) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
+        .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->n_tokens, tokens), 1 },
+        .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
+}
+
+static void outer(keel_recorder *rec, const struct lora_pc *pc, struct keel_span z, struct keel_span h, struct keel_span m,
+                  const char *label)
+{
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_lora_outer, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(z), READ(h), UPDATE(m) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
+        .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->rank, 8), 1 },
+        .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
+}
+
+void keel_lora_down(keel_recorder *rec, const struct keel_lora *l, struct keel_span x, struct keel_span h, uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_a(l, n_tokens, 1.0f);
+    reduce(rec, &pc, x, l->a, h, "lora_down");
+}
+
+void keel_lora_up(keel_recorder *rec, const struct keel_lora *l, struct keel_span h, struct keel_span y, uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_b(l, n_tokens, l->scale);
+    expand(rec, &pc, h, l->b, y, "lora_up");
+}
+
+void keel_lora_bwd_h(keel_recorder *rec, const struct keel_lora *l, struct keel_span dy, struct keel_span dh, uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_b(l, n_tokens, l->scale);
+    reduce(rec, &pc, dy, l->b, dh, "lora_bwd_h");
+}
+
+void keel_lora_bwd_x(keel_recorder *rec, const struct keel_lora *l, struct keel_span dh, struct keel_span dx, uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_a(l, n_tokens, 1.0f);
+    expand(rec, &pc, dh, l->a, dx, "lora_bwd_x");
+}
+
+void keel_lora_bwd_a(keel_recorder *rec, const struct keel_lora *l, struct keel_span dh, struct keel_span x, struct keel_span da,
+                     uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_a(l, n_tokens, 1.0f);
+    outer(rec, &pc, x, dh, da, "lora_bwd_a");
+}
+
+void keel_lora_bwd_b(keel_recorder *rec, const struct keel_lora *l, struct keel_span dy, struct keel_span h, struct keel_span db,
+                     uint32_t n_tokens)
+{
+    const struct lora_pc pc = pc_b(l, n_tokens, l->scale);
+    outer(rec, &pc, dy, h, db, "lora_bwd_b");
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+// ops/ops_internal.h: what the ops share: short ways to fill in a dispatch, and splitting by cost.
+#ifndef KEEL_OPS_INTERNAL_H
+#define KEEL_OPS_INTERNAL_H
+
+#include "ops.h"
+#include "shaders.h"
+
+#include <assert.h>
+
+#define LANES 64u // local size of every base shader: a multiple of 64 in x only (portability notes 0.3)
+
+#define READ(s) { (s), KEEL_READ }
+#define WRITE(s) { (s), KEEL_WRITE }
+#define UPDATE(s) { (s), KEEL_READ_WRITE }
+
+// How many of `total` units, each of `flops`, one dispatch should take: as many as the recorder's quantum allows, a multiple
+// of `step`, at least `step`.
+static inline uint32_t units_per_dispatch(const keel_recorder *rec, uint32_t total, uint64_t flops, uint32_t step)
+{
+    const uint64_t n = keel_recorder_quantum(rec) / KEEL_MAX(flops, UINT64_C(1)) / step * step;
+    return (uint32_t)KEEL_MIN(KEEL_MAX(n, (uint64_t)step), (uint64_t)total);
+}
+
+// A grid of `n` workgroups folded into two dimensions, for shaders that take x + y · gl_NumWorkGroups.x and check the end.
+static inline void fold_groups(const keel_recorder *rec, uint64_t n, uint32_t groups[3])
+{
+    const uint64_t max_x = KEEL_MIN(keel_device_caps(keel_recorder_device(rec))->max_groups, 32768u);
+    groups[0] = (uint32_t)KEEL_MIN(n, max_x);
+    groups[1] = groups[0] ? (uint32_t)((n + groups[0] - 1) / groups[0]) : 0;
+    groups[2] = 1;
+}
+
+#endif
