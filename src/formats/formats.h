@@ -82,6 +82,7 @@ const char *keel_gguf_type_name(enum keel_gguf_type type); // "u32", "string", .
 // All metadata in file order, for listings and copies.
 size_t keel_gguf_key_count(const keel_gguf *g);
 const char *keel_gguf_key_at(const keel_gguf *g, size_t i, enum keel_gguf_type *type); // `type` may be NULL
+const uint8_t *keel_gguf_key_raw(const keel_gguf *g, size_t i, size_t *bytes); // the value as encoded in the file
 
 // --- GGUF, writing -------------------------------------------------------------------------------
 
