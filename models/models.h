@@ -54,6 +54,7 @@ struct keel_seq {
     const int32_t *ids;
     uint32_t n;       // tokens
     uint32_t first;   // logits are wanted at the places that predict ids[first..n), first >= 1
+    const uint8_t *mask; // [n], or NULL: of the places from `first` on only those with mask[i] != 0 are wanted (ids[i] is predicted)
     float weight;     // training: derivative of the loss with respect to each of those negative log-likelihoods
 };
 
