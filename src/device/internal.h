@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT
+// device/internal.h: what the files of this room share. Vulkan names live here and below, nowhere above.
+#ifndef KEEL_DEVICE_INTERNAL_H
+#define KEEL_DEVICE_INTERNAL_H
+
+#include "base.h"
+#include "device.h"
+
+#include <stdatomic.h>
+
+#include <volk.h>
+
+#define MAX_DEVICES 16
+#define STAGE_SLOTS 2   // one fills while the other is copied
+#define MAX_IN_FLIGHT 3 // submissions of one recorder: enough to hide the host, few enough to stay responsive
+
+#define TARGET_NS 50000000u // aim of one submission; watchdogs start at 500 ms (portability.md 1)
+
+// --- objects -------------------------------------------------------------------------------------
+
+// One buffer with its memory. Spans are cut from it front to back.
+struct keel_block {
+    struct keel_block *next;
+    keel_heap *heap;
+    VkBuffer buffer;
+    VkDeviceMemory memory;
+    void *host; // mapped address, NULL where the host cannot see it
+    uint64_t bytes, used;
+    bool coherent;
+};
+
+struct keel_heap {
+    keel_heap *next; // in the device's list, for the out-of-memory message
+    keel_device *dev;
+    struct keel_block *blocks;
+    const char *label;
+    enum keel_heap_kind kind;
+    uint64_t bytes; // of all blocks
+};
+
+// What a module declares, read from its SPIR-V.
+struct shader_needs {
+    uint32_t bindings;   // highest binding of set 0 + 1
+    uint32_t push_bytes; // size of the push constant block
+    bool ok;             // false: not SPIR-V, or a construct that keel does not use
+};
+
+struct pipeline {
+    uint64_t hash;
+    const struct keel_shader *shader;
+    uint32_t spec[KEEL_MAX_SPEC], n_spec, n_bind;
+    uint32_t push_bytes; // least the shader reads
+    VkPipeline handle;
+    VkPipelineLayout layout; // of n_bind bindings; not owned
+};
+
+// Open addressing by hash; never shrinks.
+struct pipeline_store {
+    struct pipeline **slots;
+    uint32_t n, cap; // cap is a power of two
+    VkPipelineCache cache;
+    VkDescriptorSetLayout set_layouts[KEEL_MAX_BINDS + 1]; // by number of bindings, made at first use
+    VkPipelineLayout layouts[KEEL_MAX_BINDS + 1];
+};
+
+struct stage_slot {
+    struct keel_span span;
+    VkCommandBuffer cmd;
+    VkFence fence;
+    bool busy;
+};
+
+struct transfer {
+    keel_heap *heap;
+    VkCommandPool pool;
+    struct stage_slot slots[STAGE_SLOTS];
+    uint32_t next;
+    struct keel_span dst; // open stage: where it goes
+    int open;             // slot of the open stage, DIRECT or NONE
+};
+enum { STAGE_NONE = -1, STAGE_DIRECT = -2 };
+
+struct profile {
+    bool on;
+    struct keel_profile_row *rows;
+    size_t n, cap;
+};
+
+struct keel_device {
+    const keel_log *log;
+    struct keel_caps caps;
+    bool no_cache;
+    uint64_t memory_limit;
+
+    VkInstance instance;
+    VkDebugUtilsMessengerEXT messenger;
+    VkPhysicalDevice phys;
+    VkDevice handle;
+    VkQueue queue;
+    uint32_t family;
+    struct VolkDeviceTable vk;
+    VkPhysicalDeviceMemoryProperties memory;
+    uint64_t atom; // nonCoherentAtomSize
+    uint64_t timestamp_mask;
+    bool has_budget;
+    uint8_t cache_uuid[VK_UUID_SIZE];
+    atomic_uint validation;
+    bool lost;
+
+    keel_heap *heaps;
+    uint64_t bytes_now, bytes_peak;
+    struct pipeline_store pipelines;
+    struct transfer transfer;
+    struct profile profile;
+
+    double rate_flops, rate_bytes; // per second, what submissions are estimated with; adapts
+    uint64_t longest_ns;
+    uint64_t n_dispatches, n_submits, n_barriers;
+};
+
+// --- context.c -----------------------------------------------------------------------------------
+
+// Turns a failed VkResult into a status and logs it once with what was being done. DEVICE_LOST is remembered.
+keel_status keel_vk_failed(keel_device *dev, VkResult result, const char *what);
+// Waits for a fence however long it takes; warns once a minute. `what` names the work.
+keel_status keel_wait_fence(keel_device *dev, VkFence fence, const char *what);
+
+// --- caps.c --------------------------------------------------------------------------------------
+
+// Which optional features to turn on when the device is opened, as clamped.
+struct feature_set {
+    VkPhysicalDevice16BitStorageFeatures storage16;
+    VkPhysicalDevice8BitStorageFeatures storage8;
+    VkPhysicalDeviceShaderFloat16Int8Features float16_int8;
+    VkPhysicalDeviceShaderIntegerDotProductFeatures dot;
+    const char *extensions[8];
+    uint32_t n_extensions;
+    bool budget;
+};
+bool keel_profile_known(const char *name);
+// Reads limits and features of a physical device and clamps them. `features` (may be NULL) is what to enable.
+void keel_caps_read(struct keel_caps *out, struct feature_set *features, VkPhysicalDevice phys, const char *profile);
+// First queue family that computes, or UINT32_MAX.
+uint32_t keel_compute_family(VkPhysicalDevice phys, uint32_t *timestamp_bits);
+// Bytes left of the heap that device memory comes from; the heap's size where the driver cannot tell.
+uint64_t keel_heap_free(VkPhysicalDevice phys, uint32_t memory_heap, bool has_budget);
+// Heap of the best memory type for KEEL_HEAP_DEVICE.
+uint32_t keel_main_heap(const VkPhysicalDeviceMemoryProperties *mem, bool unified);
+
+// --- speed.c -------------------------------------------------------------------------------------
+
+// Speeds measured earlier on this device and driver. False if there are none.
+bool keel_speed_load(keel_device *dev);
+void keel_speed_save(const keel_device *dev);
+
+// --- memory.c ------------------------------------------------------------------------------------
+
+void keel_memory_free_all(keel_device *dev); // at destruction: whatever heaps are left
+
+// --- transfer.c ----------------------------------------------------------------------------------
+
+void keel_transfer_finish(keel_device *dev);
+
+// --- reflect.c -----------------------------------------------------------------------------------
+
+struct shader_needs keel_reflect(const uint32_t *code, uint32_t words);
+
+// --- pipeline.c ----------------------------------------------------------------------------------
+
+keel_status keel_pipelines_init(keel_device *dev);
+void keel_pipelines_finish(keel_device *dev);
+// Finds or makes the pipeline of a dispatch. Errors: ARG (the dispatch does not fit the shader), DEVICE.
+keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, const struct pipeline **out);
+
+// --- profile.c -----------------------------------------------------------------------------------
+
+void keel_profile_add(keel_device *dev, const char *label, uint64_t ns, uint64_t flops, uint64_t bytes);
+void keel_profile_finish(keel_device *dev);
+
+#endif
