@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT
+// train/data.c: JSONL files to token rows with their loss places.
+#include "data.h"
+#include "platform.h"
+
+#include <jansson.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#define LINE(row) (row)->file, (unsigned long long)(row)->line
+
+void keel_train_row_finish(struct keel_train_row *row)
+{
+    free(row->ids);
+    free(row->mask);
+    *row = (struct keel_train_row){ 0 };
+}
+
+static keel_status make_raw(struct keel_train_row *out, const keel_model *model, const struct keel_row *row)
+{
+    const struct keel_encode_params with_bos = { .bos = true }, plain = { 0 };
+    keel_status st = KEEL_OK;
+    const char *prompt, *completion;
+    size_t prompt_len, completion_len, n_prompt = 0, n_completion = 0;
+    int32_t *head = NULL, *tail = NULL;
+    bool eos = false;
+    KEEL_TRY(keel_row_str(row, "prompt", &prompt, &prompt_len));
+    KEEL_TRY(keel_row_str(row, "completion", &completion, &completion_len));
+    KEEL_TRY(keel_row_opt_bool(row, "eos", &eos));
+    KEEL_TRY(keel_encode(model, prompt, prompt_len, &with_bos, &head, &n_prompt));
+    KEEL_TRY(keel_encode(model, completion, completion_len, &plain, &tail, &n_completion));
+    const int32_t end = keel_token_eot(model) >= 0 ? keel_token_eot(model) : keel_token_eos(model);
+    if (eos && end < 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                  "%s:%llu: \"eos\" is true but the model has no end-of-turn token; remove the field", LINE(row));
+    }
+    const size_t n = n_prompt + n_completion + (eos ? 1 : 0);
+    if (n > UINT32_MAX) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the row is too long", LINE(row));
+    }
+    out->ids = malloc(KEEL_MAX(n, 1) * sizeof *out->ids);
+    if (!out->ids) {
+        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", LINE(row));
+    }
+    if (n_prompt) {
+        memcpy(out->ids, head, n_prompt * sizeof *head);
+    }
+    if (n_completion) {
+        memcpy(out->ids + n_prompt, tail, n_completion * sizeof *tail);
+    }
+    if (eos) {
+        out->ids[n - 1] = end;
+    }
+    out->n = (uint32_t)n;
+    out->first = (uint32_t)n_prompt;
+    out->n_loss = out->n - out->first;
+    if (n_prompt == 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                  "%s:%llu: the prompt is empty and the model has no BOS token, so nothing predicts the first token; give a prompt",
+                  LINE(row));
+    }
+out:
+    free(head);
+    free(tail);
+    return st;
+}
+
+static keel_status make_chat(struct keel_train_row *out, const keel_model *model, const struct keel_row *row)
+{
+    keel_status st = KEEL_OK;
+    json_t *list = NULL;
+    struct keel_message *msgs = NULL;
+    size_t n = 0;
+    KEEL_TRY(keel_row_array(row, "messages", &list));
+    const size_t n_msgs = json_array_size(list);
+    msgs = calloc(KEEL_MAX(n_msgs, 1), sizeof *msgs);
+    if (!msgs) {
+        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", LINE(row));
+    }
+    for (size_t i = 0; i < n_msgs; i++) {
+        const json_t *m = json_array_get(list, i), *role = json_object_get(m, "role"), *text = json_object_get(m, "content");
+        msgs[i] = (struct keel_message){ json_string_value(role), json_string_value(text) };
+        if (!msgs[i].role || !msgs[i].content) {
+            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs \"role\" and \"content\", both strings", LINE(row), i + 1);
+        }
+        if (strlen(msgs[i].role) != json_string_length(role) || strlen(msgs[i].content) != json_string_length(text)) {
+            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu holds a NUL character (\\u0000); remove it", LINE(row), i + 1);
+        }
+    }
+    st = keel_chat_encode(model, msgs, n_msgs, false, &out->ids, &out->mask, &n);
+    if (st != KEEL_OK) {
+        KEEL_FAIL(row->log, st, "%s:%llu: the messages do not form a chat (reason above)", LINE(row));
+    }
+    if (n > UINT32_MAX) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the row is too long", LINE(row));
+    }
+    out->n = out->first = (uint32_t)n;
+    for (uint32_t i = 1; i < out->n; i++) {
+        if (out->mask[i]) {
+            out->first = KEEL_MIN(out->first, i);
+            out->n_loss++;
+        }
+    }
+out:
+    free(msgs);
+    return st;
+}
+
+// A null counts as missing, as in keel_row_str() and its like.
+static bool has(const struct keel_row *row, const char *field)
+{
+    const json_t *v = json_object_get(row->object, field);
+    return v && !json_is_null(v);
+}
+
+keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model, const struct keel_row *row, uint32_t seq_len)
+{
+    keel_status st = KEEL_OK;
+    const bool chat = has(row, "messages");
+    *out = (struct keel_train_row){ 0 };
+    if (has(row, "images")) {
+        KEEL_FAIL(row->log, KEEL_ERR_UNSUPPORTED, "%s:%llu: rows with \"images\" cannot be trained on yet; use text rows", LINE(row));
+    }
+    if (chat && (has(row, "prompt") || has(row, "completion"))) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                  "%s:%llu: \"messages\" beside \"prompt\" or \"completion\"; put the answer into the last message", LINE(row));
+    }
+    if (!chat && !has(row, "prompt") && !has(row, "completion")) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: neither \"prompt\" and \"completion\" nor \"messages\"", LINE(row));
+    }
+    KEEL_TRY(chat ? make_chat(out, model, row) : make_raw(out, model, row));
+    if (out->n_loss == 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: nothing to learn: %s", LINE(row),
+                  chat ? "no assistant message" : "the completion is empty and \"eos\" is not true");
+    }
+    if (out->n > seq_len) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                  "%s:%llu: the row has %u tokens, more than --seq-len %u; raise --seq-len or shorten the row", LINE(row), out->n,
+                  seq_len);
+    }
+out:
+    if (st != KEEL_OK) {
+        keel_train_row_finish(out);
+    }
+    return st;
+}
+
+static keel_status add_row(struct keel_train_set *set, struct keel_train_row row, const keel_log *log)
+{
+    if (set->n_rows == set->cap) {
+        const uint64_t cap = set->cap ? set->cap * 2 : 256;
+        struct keel_train_row *grown = realloc(set->rows, cap * sizeof *grown);
+        if (!grown) {
+            KEEL_ERROR(log, "out of memory for %llu training rows", (unsigned long long)cap);
+            keel_train_row_finish(&row);
+            return KEEL_ERR_NO_MEMORY;
+        }
+        set->rows = grown;
+        set->cap = cap;
+    }
+    set->rows[set->n_rows++] = row;
+    set->longest = KEEL_MAX(set->longest, row.n);
+    set->most_loss = KEEL_MAX(set->most_loss, row.n_loss);
+    return KEEL_OK;
+}
+
+static keel_status load_file(struct keel_train_set *set, struct keel_train_file *file, const keel_model *model, uint32_t seq_len,
+                             const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_map map = { 0 };
+    file->row0 = set->n_rows;
+    KEEL_TRY(keel_map_open(&map, file->path, log));
+    set->hash = keel_hash(set->hash, map.data, map.len_bytes);
+    struct keel_jsonl reader = keel_jsonl_make(map.data, map.len_bytes, file->path, log);
+    for (;;) {
+        struct keel_row row;
+        struct keel_train_row made;
+        KEEL_TRY(keel_jsonl_next(&reader, &row));
+        if (!row.object) {
+            break;
+        }
+        st = keel_train_row_make(&made, model, &row, seq_len);
+        json_decref(row.object);
+        if (st != KEEL_OK) {
+            goto out;
+        }
+        KEEL_TRY(add_row(set, made, log));
+    }
+    file->n_rows = set->n_rows - file->row0;
+    if (file->n_rows == 0 || file->n_rows > UINT32_MAX) {
+        KEEL_FAIL(log, KEEL_ERR_DATA, "%s: %s", file->path,
+                  file->n_rows ? "more rows than keel counts (2^32)" : "no rows; one JSON object a line is expected");
+    }
+out:
+    keel_map_close(&map);
+    return st;
+}
+
+keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model, const struct keel_train_data *data,
+                                size_t n_data, uint32_t seq_len, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    double sum = 0;
+    *set = (struct keel_train_set){ .hash = KEEL_HASH_INIT };
+    set->files = calloc(n_data, sizeof *set->files);
+    if (!set->files) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of memory for %zu data files", n_data);
+    }
+    set->n_files = n_data;
+    for (size_t i = 0; i < n_data; i++) {
+        sum += (double)data[i].weight;
+    }
+    for (size_t i = 0; i < n_data; i++) {
+        set->files[i].path = data[i].path;
+        set->files[i].share = (double)data[i].weight / sum;
+        KEEL_TRY(load_file(set, &set->files[i], model, seq_len, log));
+    }
+out:
+    if (st != KEEL_OK) {
+        keel_train_set_finish(set);
+    }
+    return st;
+}
+
+void keel_train_set_finish(struct keel_train_set *set)
+{
+    for (uint64_t i = 0; i < set->n_rows; i++) {
+        keel_train_row_finish(&set->rows[i]);
+    }
+    free(set->rows);
+    free(set->files);
+    *set = (struct keel_train_set){ 0 };
+}
