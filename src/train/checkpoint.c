@@ -71,7 +71,9 @@ keel_status keel_train_state_save(const struct keel_train_state *s, const char *
     memcpy(meta, progress.pair, sizeof progress.pair);
     memcpy(meta + KEEL_COUNT(progress.pair), s->options, s->n_options * sizeof *meta);
     for (size_t i = 0; i < 3; i++) {
-        t[i] = (struct keel_st_tensor){ .name = tensor_name[i], .type = KEEL_ST_F32, .n_dims = 1, .dims = { s->n_floats } };
+        t[i] = (struct keel_st_tensor){
+            .name = tensor_name[i], .type = KEEL_ST_F32, .n_dims = 1, .dims = { s->n_floats }
+        };
     }
     t[3] = (struct keel_st_tensor){ .name = "hash", .type = KEEL_ST_U64, .n_dims = 1, .dims = { 1 } };
     KEEL_TRY(keel_file_create(&file, path, s->log));
@@ -92,13 +94,15 @@ static keel_status check_options(const struct keel_train_state *s, const keel_st
         const char *was = keel_st_meta(file, s->options[i].key);
         if (!was || strcmp(was, s->options[i].value) != 0) {
             KEEL_FAIL(s->log, KEEL_ERR_MISMATCH,
-                      "%s: belongs to another run: %s was %s, now it is %s; give the old value, or train afresh without --resume",
+                      "%s: belongs to another run: %s was %s, now it is %s; give the old value, or train "
+                      "afresh without --resume",
                       path, s->options[i].key, was ? was : "not set", s->options[i].value);
         }
     }
     const char *device = keel_st_meta(file, "device");
     if (!device || strcmp(device, keel_device_caps(s->dev)->name) != 0) {
-        KEEL_WARN(s->log, "%s: was written on %s; going on here may differ in the last bits", path, device ? device : "?");
+        KEEL_WARN(s->log, "%s: was written on %s; going on here may differ in the last bits", path,
+                  device ? device : "?");
     }
 out:
     return st;
@@ -109,15 +113,18 @@ static keel_status read_progress(struct keel_train_state *s, const keel_st *file
     keel_status st = KEEL_OK;
     unsigned long long step, rows, tokens;
     char rest;
-    const char *text[5] = { keel_st_meta(file, "step"), keel_st_meta(file, "rows"), keel_st_meta(file, "tokens"),
-                            keel_st_meta(file, "first_loss"), keel_st_meta(file, "last_loss") };
+    const char *text[5] = { keel_st_meta(file, "step"), keel_st_meta(file, "rows"),
+                            keel_st_meta(file, "tokens"), keel_st_meta(file, "first_loss"),
+                            keel_st_meta(file, "last_loss") };
     for (size_t i = 0; i < 5; i++) {
         text[i] = text[i] ? text[i] : "";
     }
     if (sscanf(text[0], "%llu%c", &step, &rest) != 1 || sscanf(text[1], "%llu%c", &rows, &rest) != 1 ||
-        sscanf(text[2], "%llu%c", &tokens, &rest) != 1 || sscanf(text[3], "%lf%c", &s->first_loss, &rest) != 1 ||
+        sscanf(text[2], "%llu%c", &tokens, &rest) != 1 ||
+        sscanf(text[3], "%lf%c", &s->first_loss, &rest) != 1 ||
         sscanf(text[4], "%lf%c", &s->last_loss, &rest) != 1) {
-        KEEL_FAIL(s->log, KEEL_ERR_FORMAT, "%s: step, rows, tokens or losses are missing from its metadata; train without --resume",
+        KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
+                  "%s: step, rows, tokens or losses are missing from its metadata; train without --resume",
                   path);
     }
     s->step = step;
@@ -136,7 +143,8 @@ static keel_status read_tensors(struct keel_train_state *s, const keel_st *file,
     for (size_t i = 0; i < 3; i++) {
         t[i] = keel_st_find(file, tensor_name[i]);
         if (!t[i] || t[i]->type != KEEL_ST_F32 || t[i]->n_elems != s->n_floats) {
-            KEEL_FAIL(s->log, KEEL_ERR_FORMAT, "%s: tensor %s is missing or not %llu F32 values; train without --resume", path,
+            KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
+                      "%s: tensor %s is missing or not %llu F32 values; train without --resume", path,
                       tensor_name[i], (unsigned long long)s->n_floats);
         }
         hash = keel_hash(hash, t[i]->data, bytes);
@@ -145,7 +153,8 @@ static keel_status read_tensors(struct keel_train_state *s, const keel_st *file,
         memcpy(&stored, check->data, sizeof stored);
     }
     if (!check || check->bytes != sizeof stored || stored != hash) {
-        KEEL_FAIL(s->log, KEEL_ERR_FORMAT, "%s: damaged: its contents do not fit their checksum; train without --resume", path);
+        KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
+                  "%s: damaged: its contents do not fit their checksum; train without --resume", path);
     }
     for (size_t i = 0; i < 3; i++) {
         for (uint64_t at = 0; at < bytes; at += CHUNK) {
@@ -165,11 +174,13 @@ keel_status keel_train_state_load(struct keel_train_state *s, const char *path)
     KEEL_TRY(keel_map_open(&map, path, s->log));
     st = keel_st_parse(&file, map.data, map.len_bytes, path, s->log);
     if (st != KEEL_OK) {
-        KEEL_FAIL(s->log, st, "%s: not a readable training state (reason above); train without --resume", path);
+        KEEL_FAIL(s->log, st, "%s: not a readable training state (reason above); train without --resume",
+                  path);
     }
     const char *format = keel_st_meta(file, "format");
     if (!format || strcmp(format, "keel.train.state.1") != 0) {
-        KEEL_FAIL(s->log, KEEL_ERR_FORMAT, "%s: not a training state of this version of keel; train without --resume", path);
+        KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
+                  "%s: not a training state of this version of keel; train without --resume", path);
     }
     KEEL_TRY(check_options(s, file, path));
     KEEL_TRY(read_progress(s, file, path));

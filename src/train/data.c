@@ -33,7 +33,8 @@ static keel_status make_raw(struct keel_train_row *out, const keel_model *model,
     const int32_t end = keel_token_eot(model) >= 0 ? keel_token_eot(model) : keel_token_eos(model);
     if (eos && end < 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                  "%s:%llu: \"eos\" is true but the model has no end-of-turn token; remove the field", LINE(row));
+                  "%s:%llu: \"eos\" is true but the model has no end-of-turn token; remove the field",
+                  LINE(row));
     }
     const size_t n = n_prompt + n_completion + (eos ? 1 : 0);
     if (n > UINT32_MAX) {
@@ -57,7 +58,8 @@ static keel_status make_raw(struct keel_train_row *out, const keel_model *model,
     out->n_loss = out->n - out->first;
     if (n_prompt == 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                  "%s:%llu: the prompt is empty and the model has no BOS token, so nothing predicts the first token; give a prompt",
+                  "%s:%llu: the prompt is empty and the model has no BOS token, so nothing predicts the "
+                  "first token; give a prompt",
                   LINE(row));
     }
 out:
@@ -79,13 +81,17 @@ static keel_status make_chat(struct keel_train_row *out, const keel_model *model
         KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", LINE(row));
     }
     for (size_t i = 0; i < n_msgs; i++) {
-        const json_t *m = json_array_get(list, i), *role = json_object_get(m, "role"), *text = json_object_get(m, "content");
+        const json_t *m = json_array_get(list, i), *role = json_object_get(m, "role"),
+                     *text = json_object_get(m, "content");
         msgs[i] = (struct keel_message){ json_string_value(role), json_string_value(text) };
         if (!msgs[i].role || !msgs[i].content) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs \"role\" and \"content\", both strings", LINE(row), i + 1);
+            KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                      "%s:%llu: message %zu needs \"role\" and \"content\", both strings", LINE(row), i + 1);
         }
-        if (strlen(msgs[i].role) != json_string_length(role) || strlen(msgs[i].content) != json_string_length(text)) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu holds a NUL character (\\u0000); remove it", LINE(row), i + 1);
+        if (strlen(msgs[i].role) != json_string_length(role) ||
+            strlen(msgs[i].content) != json_string_length(text)) {
+            KEEL_FAIL(row->log, KEEL_ERR_DATA,
+                      "%s:%llu: message %zu holds a NUL character (\\u0000); remove it", LINE(row), i + 1);
         }
     }
     st = keel_chat_encode(model, msgs, n_msgs, false, &out->ids, &out->mask, &n);
@@ -114,20 +120,25 @@ static bool has(const struct keel_row *row, const char *field)
     return v && !json_is_null(v);
 }
 
-keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model, const struct keel_row *row, uint32_t seq_len)
+keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model,
+                                const struct keel_row *row, uint32_t seq_len)
 {
     keel_status st = KEEL_OK;
     const bool chat = has(row, "messages");
     *out = (struct keel_train_row){ 0 };
     if (has(row, "images")) {
-        KEEL_FAIL(row->log, KEEL_ERR_UNSUPPORTED, "%s:%llu: rows with \"images\" cannot be trained on yet; use text rows", LINE(row));
+        KEEL_FAIL(row->log, KEEL_ERR_UNSUPPORTED,
+                  "%s:%llu: rows with \"images\" cannot be trained on yet; use text rows", LINE(row));
     }
     if (chat && (has(row, "prompt") || has(row, "completion"))) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                  "%s:%llu: \"messages\" beside \"prompt\" or \"completion\"; put the answer into the last message", LINE(row));
+        KEEL_FAIL(
+            row->log, KEEL_ERR_DATA,
+            "%s:%llu: \"messages\" beside \"prompt\" or \"completion\"; put the answer into the last message",
+            LINE(row));
     }
     if (!chat && !has(row, "prompt") && !has(row, "completion")) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: neither \"prompt\" and \"completion\" nor \"messages\"", LINE(row));
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: neither \"prompt\" and \"completion\" nor \"messages\"",
+                  LINE(row));
     }
     KEEL_TRY(chat ? make_chat(out, model, row) : make_raw(out, model, row));
     if (out->n_loss == 0) {
@@ -135,9 +146,10 @@ keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *mo
                   chat ? "no assistant message" : "the completion is empty and \"eos\" is not true");
     }
     if (out->n > seq_len) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                  "%s:%llu: the row has %u tokens, more than --seq-len %u; raise --seq-len or shorten the row", LINE(row), out->n,
-                  seq_len);
+        KEEL_FAIL(
+            row->log, KEEL_ERR_DATA,
+            "%s:%llu: the row has %u tokens, more than --seq-len %u; raise --seq-len or shorten the row",
+            LINE(row), out->n, seq_len);
     }
 out:
     if (st != KEEL_OK) {
@@ -165,8 +177,8 @@ static keel_status add_row(struct keel_train_set *set, struct keel_train_row row
     return KEEL_OK;
 }
 
-static keel_status load_file(struct keel_train_set *set, struct keel_train_file *file, const keel_model *model, uint32_t seq_len,
-                             const keel_log *log)
+static keel_status load_file(struct keel_train_set *set, struct keel_train_file *file,
+                             const keel_model *model, uint32_t seq_len, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_map map = { 0 };
@@ -191,15 +203,17 @@ static keel_status load_file(struct keel_train_set *set, struct keel_train_file 
     file->n_rows = set->n_rows - file->row0;
     if (file->n_rows == 0 || file->n_rows > UINT32_MAX) {
         KEEL_FAIL(log, KEEL_ERR_DATA, "%s: %s", file->path,
-                  file->n_rows ? "more rows than keel counts (2^32)" : "no rows; one JSON object a line is expected");
+                  file->n_rows ? "more rows than keel counts (2^32)"
+                               : "no rows; one JSON object a line is expected");
     }
 out:
     keel_map_close(&map);
     return st;
 }
 
-keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model, const struct keel_train_data *data,
-                                size_t n_data, uint32_t seq_len, const keel_log *log)
+keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model,
+                                const struct keel_train_data *data, size_t n_data, uint32_t seq_len,
+                                const keel_log *log)
 {
     keel_status st = KEEL_OK;
     double sum = 0;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// train/loop.c: the training run: checks, plan, optimiser steps, log, states, the finished adapter; conversion of adapters.
+// train/loop.c: the training run: checks, plan, optimiser steps, log, states, the finished adapter;
+// conversion of adapters.
 //
-// Everything random is a function of the seed and a position, and a state holds parameters and moments bit for bit, so that a
-// stopped and resumed run ends with the same bytes as one that never stopped.
+// Everything random is a function of the seed and a position, and a state holds parameters and moments bit
+// for bit, so that a stopped and resumed run ends with the same bytes as one that never stopped.
 #include "checkpoint.h"
 #include "data.h"
 #include "models.h"
@@ -60,7 +61,8 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
         { isfinite(p->lr) && p->lr >= 0, "--lr must be a number of at least 0" },
         { p->batch >= 1 && p->batch <= 65536, "--batch must be 1 to 65536" },
         { p->accum >= 1 && p->accum <= 65536, "--accum must be 1 to 65536" },
-        { p->steps > 0 || (isfinite(p->epochs) && p->epochs > 0 && p->epochs <= 1e6), "--epochs must be above 0, or --steps given" },
+        { p->steps > 0 || (isfinite(p->epochs) && p->epochs > 0 && p->epochs <= 1e6),
+          "--epochs must be above 0, or --steps given" },
         { p->steps < (1ull << 40), "--steps is too large" },
         { p->seq_len >= 2, "--seq-len must be at least 2" },
         { p->beta1 >= 0 && p->beta1 < 1, "--beta1 must be in [0, 1)" },
@@ -76,7 +78,8 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
     }
     for (size_t i = 0; i < p->n_data; i++) {
         if (!p->data[i].path || !isfinite(p->data[i].weight) || p->data[i].weight <= 0) {
-            KEEL_FAIL(log, KEEL_ERR_ARG, "--data %s: its weight must be above 0", p->data[i].path ? p->data[i].path : "(none)");
+            KEEL_FAIL(log, KEEL_ERR_ARG, "--data %s: its weight must be above 0",
+                      p->data[i].path ? p->data[i].path : "(none)");
         }
     }
 out:
@@ -89,14 +92,17 @@ static keel_status check_params(struct run *r)
     const uint32_t context = keel_model_info(r->model)->context;
     keel_status st = KEEL_OK;
     if (!r->dev) {
-        KEEL_FAIL(r->log, KEEL_ERR_ARG, "the model must be loaded onto a device before training (keel_model_load)");
+        KEEL_FAIL(r->log, KEEL_ERR_ARG,
+                  "the model must be loaded onto a device before training (keel_model_load)");
     }
     KEEL_TRY(check_numbers(p, r->log));
     if (!p->schedule || !keel_schedule_parse(p->schedule, &r->schedule)) {
-        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--schedule %s is unknown; use constant, linear or cosine", p->schedule ? p->schedule : "");
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--schedule %s is unknown; use constant, linear or cosine",
+                  p->schedule ? p->schedule : "");
     }
     if (context && p->seq_len > context) {
-        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--seq-len %u is above the model's context of %u tokens", p->seq_len, context);
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--seq-len %u is above the model's context of %u tokens", p->seq_len,
+                  context);
     }
     KEEL_TRY(keel_targets_parse(p->targets, &r->targets, r->log));
     r->alpha = p->alpha > 0 ? p->alpha : 2.0f * (float)p->rank;
@@ -173,14 +179,18 @@ out:
 static keel_status check_plan(struct run *r)
 {
     keel_status st = KEEL_OK;
-    const uint64_t tokens = (uint64_t)r->p->batch * r->set.longest, room = keel_device_caps(r->dev)->heap_free;
+    const uint64_t tokens = (uint64_t)r->p->batch * r->set.longest,
+                   room = keel_device_caps(r->dev)->heap_free;
     struct keel_plan plan;
     struct keel_text table = { 0 };
     if (tokens > UINT32_MAX) {
-        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--batch %u rows of up to %u tokens are too many; lower --batch and raise --accum", r->p->batch,
-                  r->set.longest);
+        KEEL_FAIL(r->log, KEEL_ERR_ARG,
+                  "--batch %u rows of up to %u tokens are too many; lower --batch and raise --accum",
+                  r->p->batch, r->set.longest);
     }
-    const struct keel_plan_params want = { .train_rank = r->p->rank, .train_tokens = (uint32_t)tokens, .train_row = r->set.longest,
+    const struct keel_plan_params want = { .train_rank = r->p->rank,
+                                           .train_tokens = (uint32_t)tokens,
+                                           .train_row = r->set.longest,
                                            .targets = r->p->targets };
     KEEL_TRY(keel_model_plan(r->model, &want, &plan));
     for (uint32_t i = 0; i < plan.n_rows; i++) {
@@ -189,10 +199,13 @@ static keel_status check_plan(struct run *r)
     }
     if (room && plan.device_bytes > room) {
         KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY,
-                  "training needs %.1f MB of device memory, %.1f MB are free; lower --batch (and raise --accum), --rank or the length of "
-                  "rows:%s", (double)plan.device_bytes / 1e6, (double)room / 1e6, table.data ? table.data : "");
+                  "training needs %.1f MB of device memory, %.1f MB are free; lower --batch (and raise "
+                  "--accum), --rank or the length of "
+                  "rows:%s",
+                  (double)plan.device_bytes / 1e6, (double)room / 1e6, table.data ? table.data : "");
     }
-    KEEL_DEBUG(r->log, "memory plan, %.1f MB on the device:%s", (double)plan.device_bytes / 1e6, table.data ? table.data : "");
+    KEEL_DEBUG(r->log, "memory plan, %.1f MB on the device:%s", (double)plan.device_bytes / 1e6,
+               table.data ? table.data : "");
 out:
     keel_text_finish(&table);
     return st;
@@ -200,7 +213,8 @@ out:
 
 // --- set-up --------------------------------------------------------------------------------------
 
-static void option_add(struct run *r, const char *key, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+static void option_add(struct run *r, const char *key, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 static void option_add(struct run *r, const char *key, const char *fmt, ...)
 {
     const size_t i = r->state.n_options++;
@@ -212,8 +226,8 @@ static void option_add(struct run *r, const char *key, const char *fmt, ...)
     r->option[i] = (struct keel_pair){ key, r->option_text[i] };
 }
 
-// What determines the bits of a run. The number of steps only does where the learning rate depends on it, so that a run with a
-// constant rate can be lengthened.
+// What determines the bits of a run. The number of steps only does where the learning rate depends on it, so
+// that a run with a constant rate can be lengthened.
 static void collect_options(struct run *r)
 {
     const struct keel_train_params *p = r->p;
@@ -259,7 +273,8 @@ static keel_status plan_steps(struct run *r)
     }
     r->seqs = calloc(r->per_step, sizeof *r->seqs);
     if (!r->seqs) {
-        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for steps of %llu rows", (unsigned long long)r->per_step);
+        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for steps of %llu rows",
+                  (unsigned long long)r->per_step);
     }
     KEEL_TRY(keel_row_order_init(&r->order, &r->set, r->p->seed, !r->p->no_shuffle, r->log));
 out:
@@ -277,13 +292,14 @@ static keel_status load_initial_adapter(struct run *r)
         const uint32_t rank = a->pair[i].rank;
         if (rank != (wanted ? r->p->rank : 0)) {
             KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
-                      "%s: its rank for blk.%u.%s is %u, but --rank and --targets ask for %u; give the options it was trained with",
+                      "%s: its rank for blk.%u.%s is %u, but --rank and --targets ask for %u; give the "
+                      "options it was trained with",
                       path, i / KEEL_N_PROJ, keel_proj_name[i % KEEL_N_PROJ], rank, wanted ? r->p->rank : 0);
         }
     }
     if (r->p->alpha > 0 && a->alpha != r->p->alpha) {
-        KEEL_FAIL(r->log, KEEL_ERR_MISMATCH, "%s: its alpha is %g, --alpha is %g; leave --alpha away", path, (double)a->alpha,
-                  (double)r->p->alpha);
+        KEEL_FAIL(r->log, KEEL_ERR_MISMATCH, "%s: its alpha is %g, --alpha is %g; leave --alpha away", path,
+                  (double)a->alpha, (double)r->p->alpha);
     }
     r->alpha = a->alpha;
 out:
@@ -332,12 +348,13 @@ static keel_status start(struct run *r)
         KEEL_TRY(keel_train_state_load(s, r->state_path));
         if (s->step < r->n_steps && s->rows != s->step * r->per_step) {
             KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
-                      "%s: that run ended with a part of a step, so it cannot be lengthened; use its adapter with --init-adapter",
+                      "%s: that run ended with a part of a step, so it cannot be lengthened; use its adapter "
+                      "with --init-adapter",
                       r->state_path);
         }
         if (s->step > r->n_steps) {
-            KEEL_FAIL(r->log, KEEL_ERR_MISMATCH, "%s: is at step %llu, beyond the %llu steps asked for", r->state_path,
-                      (unsigned long long)s->step, (unsigned long long)r->n_steps);
+            KEEL_FAIL(r->log, KEEL_ERR_MISMATCH, "%s: is at step %llu, beyond the %llu steps asked for",
+                      r->state_path, (unsigned long long)s->step, (unsigned long long)r->n_steps);
         }
         for (uint64_t i = 0; i < s->rows; i++) {
             keel_row_order_next(&r->order);
@@ -366,7 +383,8 @@ static uint32_t draw_rows(struct run *r, struct keel_step_info *info)
     const uint32_t n = (uint32_t)KEEL_MIN(r->per_step, r->all_rows - r->state.rows);
     for (uint32_t i = 0; i < n; i++) {
         const struct keel_train_row *row = &r->set.rows[keel_row_order_next(&r->order)];
-        r->seqs[i] = (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask };
+        r->seqs[i] =
+            (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask };
         info->tokens += row->n;
         info->loss_tokens += row->n_loss;
     }
@@ -393,7 +411,8 @@ static keel_status do_step(struct run *r, struct keel_step_info *info)
         if (keel_interrupted()) {
             return KEEL_INTERRUPTED;
         }
-        KEEL_TRY(keel_trainer_step(r->trainer, r->adapter, r->grads, r->seqs + at, KEEL_MIN(p->batch, n_rows - at), &part, &n_loss));
+        KEEL_TRY(keel_trainer_step(r->trainer, r->adapter, r->grads, r->seqs + at,
+                                   KEEL_MIN(p->batch, n_rows - at), &part, &n_loss));
         nll += part;
     }
     keel_sumsq(r->rec, r->grads, r->partial, r->sums, s->n_floats);
@@ -404,14 +423,24 @@ static keel_status do_step(struct run *r, struct keel_step_info *info)
     info->grad_norm = sqrt((double)sumsq);
     if (!isfinite(info->loss) || !isfinite(info->grad_norm)) {
         KEEL_FAIL(r->log, KEEL_ERR_NUMERIC,
-                  "step %llu: loss %g, gradient norm %g: the update was not applied; lower --lr, or go on from the last state in %s",
+                  "step %llu: loss %g, gradient norm %g: the update was not applied; lower --lr, or go on "
+                  "from the last state in %s",
                   (unsigned long long)info->step, info->loss, info->grad_norm, r->state_dir);
     }
-    keel_adamw(r->rec, &(struct keel_adamw_params){
-        .w = s->tensor[0], .g = r->grads, .m = s->tensor[1], .v = s->tensor[2], .sums = r->sums, .n = s->n_floats,
-        .lr = (float)info->lr, .beta1 = (float)p->beta1, .beta2 = (float)p->beta2, .eps = (float)p->eps,
-        .weight_decay = (float)p->weight_decay, .clip = (float)p->grad_clip,
-        .bias1 = (float)(1.0 - pow(p->beta1, step)), .bias2 = (float)(1.0 - pow(p->beta2, step)) });
+    keel_adamw(r->rec, &(struct keel_adamw_params){ .w = s->tensor[0],
+                                                    .g = r->grads,
+                                                    .m = s->tensor[1],
+                                                    .v = s->tensor[2],
+                                                    .sums = r->sums,
+                                                    .n = s->n_floats,
+                                                    .lr = (float)info->lr,
+                                                    .beta1 = (float)p->beta1,
+                                                    .beta2 = (float)p->beta2,
+                                                    .eps = (float)p->eps,
+                                                    .weight_decay = (float)p->weight_decay,
+                                                    .clip = (float)p->grad_clip,
+                                                    .bias1 = (float)(1.0 - pow(p->beta1, step)),
+                                                    .bias2 = (float)(1.0 - pow(p->beta2, step)) });
     KEEL_TRY(keel_recorder_submit(r->rec));
     KEEL_TRY(keel_recorder_wait(r->rec));
     info->seconds = (double)(keel_now_ns() - begin) * 1e-9;
@@ -433,8 +462,9 @@ static keel_status log_step(struct run *r, const struct keel_step_info *info)
     if (!r->log_file) {
         return KEEL_OK;
     }
-    v = json_pack("{s:I, s:f, s:f, s:f, s:I, s:f}", "step", (json_int_t)info->step, "loss", info->loss, "lr", info->lr, "grad_norm",
-                  info->grad_norm, "tokens", (json_int_t)info->tokens, "seconds", info->seconds);
+    v = json_pack("{s:I, s:f, s:f, s:f, s:I, s:f}", "step", (json_int_t)info->step, "loss", info->loss, "lr",
+                  info->lr, "grad_norm", info->grad_norm, "tokens", (json_int_t)info->tokens, "seconds",
+                  info->seconds);
     if (!v || json_dumpf(v, r->log_file, JSON_REAL_PRECISION(9)) != 0 || fputc('\n', r->log_file) == EOF ||
         fflush(r->log_file) != 0) {
         KEEL_FAIL(r->log, KEEL_ERR_IO, "%s: cannot be written: %s", r->p->log, strerror(errno));
@@ -448,8 +478,8 @@ static keel_status save_and_stop(struct run *r)
 {
     const keel_status st = keel_train_state_save(&r->state, r->state_path);
     if (st == KEEL_OK) {
-        KEEL_INFO(r->log, "stopped after step %llu of %llu; state in %s: go on with --resume", (unsigned long long)r->state.step,
-                  (unsigned long long)r->n_steps, r->state_dir);
+        KEEL_INFO(r->log, "stopped after step %llu of %llu; state in %s: go on with --resume",
+                  (unsigned long long)r->state.step, (unsigned long long)r->n_steps, r->state_dir);
     }
     return st == KEEL_OK ? KEEL_INTERRUPTED : st;
 }
@@ -499,7 +529,8 @@ static void run_finish(struct run *r)
     free(r);
 }
 
-keel_status keel_train(keel_model *model, const struct keel_train_params *params, struct keel_train_result *result)
+keel_status keel_train(keel_model *model, const struct keel_train_params *params,
+                       struct keel_train_result *result)
 {
     keel_status st = KEEL_OK;
     const uint64_t begin = keel_now_ns();
@@ -523,10 +554,14 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
     KEEL_TRY(start(r));
     st = run_steps(r);
     if (result) {
-        *result = (struct keel_train_result){ .steps = r->state.step, .first_loss = r->state.first_loss,
-                                              .last_loss = r->state.last_loss, .tokens = r->state.tokens,
-                                              .seconds = (double)(keel_now_ns() - begin) * 1e-9, .n_rows = r->set.n_rows,
-                                              .n_params = r->adapter->n_params, .data_hash = r->set.hash };
+        *result = (struct keel_train_result){ .steps = r->state.step,
+                                              .first_loss = r->state.first_loss,
+                                              .last_loss = r->state.last_loss,
+                                              .tokens = r->state.tokens,
+                                              .seconds = (double)(keel_now_ns() - begin) * 1e-9,
+                                              .n_rows = r->set.n_rows,
+                                              .n_params = r->adapter->n_params,
+                                              .data_hash = r->set.hash };
     }
 out:
     run_finish(r);
@@ -538,7 +573,8 @@ keel_status keel_adapter_convert(const keel_model *model, const char *from, cons
     keel_status st = KEEL_OK;
     keel_adapter *adapter = NULL;
     if (!keel_model_device(model)) {
-        KEEL_FAIL(NULL, KEEL_ERR_ARG, "%s: the model must be loaded onto a device to convert an adapter (keel_model_load)", from);
+        KEEL_FAIL(NULL, KEEL_ERR_ARG,
+                  "%s: the model must be loaded onto a device to convert an adapter (keel_model_load)", from);
     }
     // Loading allocates on the model's device and leaves the model itself as it was.
     KEEL_TRY(keel_adapter_load(&adapter, (keel_model *)(uintptr_t)model, from, 1.0f));

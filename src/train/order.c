@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// train/order.c: the order of rows and the learning rate: pure functions of seed and position, so that a resumed run is bit-equal.
+// train/order.c: the order of rows and the learning rate: pure functions of seed and position, so that a
+// resumed run is bit-equal.
 #include "data.h"
 
 #include <math.h>
@@ -27,8 +28,8 @@ static void deal_epoch(struct keel_row_order *o, size_t file, uint64_t epoch)
     }
 }
 
-keel_status keel_row_order_init(struct keel_row_order *order, const struct keel_train_set *set, uint64_t seed, bool shuffle,
-                                const keel_log *log)
+keel_status keel_row_order_init(struct keel_row_order *order, const struct keel_train_set *set, uint64_t seed,
+                                bool shuffle, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     *order = (struct keel_row_order){ .set = set, .seed = seed, .shuffle = shuffle };
@@ -95,7 +96,8 @@ bool keel_schedule_parse(const char *name, enum keel_schedule *out)
     return false;
 }
 
-double keel_schedule_lr(enum keel_schedule schedule, double base, uint64_t step, uint64_t warmup, uint64_t n_steps)
+double keel_schedule_lr(enum keel_schedule schedule, double base, uint64_t step, uint64_t warmup,
+                        uint64_t n_steps)
 {
     const uint64_t s = step - 1;
     if (s < warmup) {
