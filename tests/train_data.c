@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/train_data.c: rows and their errors, the order of rows, learning-rate schedules. The tokenizer is a stand-in with one
-// token a byte, so that every id can be written down.
+// tests/train_data.c: rows and their errors, the order of rows, learning-rate schedules. The tokenizer is
+// that of train_fake.c, one token a byte, so that every id can be written down.
 #include "data.h"
 
 #include <math.h>
@@ -12,56 +12,7 @@
 
 #include <cmocka.h>
 
-enum { BOS = 2, EOT = 3, FIRST_BYTE = 10 };
-
-keel_status keel_encode(const keel_model *model, const char *text, size_t len, const struct keel_encode_params *p,
-                        int32_t **ids, size_t *n)
-{
-    (void)model;
-    *ids = malloc((len + 1) * sizeof **ids);
-    *n = 0;
-    if (p->bos) {
-        (*ids)[(*n)++] = BOS;
-    }
-    for (size_t i = 0; i < len; i++) {
-        (*ids)[(*n)++] = FIRST_BYTE + (uint8_t)text[i];
-    }
-    return KEEL_OK;
-}
-
-// BOS, then for each message its bytes and EOT; assistant contents and their EOT count.
-keel_status keel_chat_encode(const keel_model *model, const struct keel_message *m, size_t n_messages, bool open,
-                             int32_t **ids, uint8_t **mask, size_t *n)
-{
-    (void)model;
-    assert_false(open);
-    *ids = malloc(1000 * sizeof **ids);
-    *mask = calloc(1000, 1);
-    *n = 0;
-    (*ids)[(*n)++] = BOS;
-    for (size_t i = 0; i < n_messages; i++) {
-        const bool loss = strcmp(m[i].role, "assistant") == 0;
-        for (const char *c = m[i].content; *c; c++) {
-            (*mask)[*n] = loss;
-            (*ids)[(*n)++] = FIRST_BYTE + (uint8_t)*c;
-        }
-        (*mask)[*n] = loss;
-        (*ids)[(*n)++] = EOT;
-    }
-    return KEEL_OK;
-}
-
-int32_t keel_token_eot(const keel_model *model)
-{
-    (void)model;
-    return EOT;
-}
-
-int32_t keel_token_eos(const keel_model *model)
-{
-    (void)model;
-    return 1;
-}
+enum { BOS = 2, EOT = 3 };
 
 static char said[2000];
 static void hear(void *user, enum keel_log_level level, const char *text)
@@ -90,14 +41,18 @@ static void test_rows(void **state)
 {
     (void)state;
     struct keel_train_set set;
-    assert_int_equal(load(&set,
-                          "{\"prompt\":\"ab\",\"completion\":\"xyz\"}\n\n{\"prompt\":\"\",\"completion\":\"q\",\"eos\":true}\n"
-                          "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"bc\"},"
-                          "{\"role\":\"user\",\"content\":\"d\"},{\"role\":\"assistant\",\"content\":\"e\"}]}\n",
-                          64),
-                     KEEL_OK);
+    assert_int_equal(
+        load(&set,
+             "{\"prompt\":\"ab\",\"completion\":\"xyz\"}\n\n{\"prompt\":\"\",\"completion\":\"q\",\"eos\":"
+             "true}\n"
+             "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":"
+             "\"bc\"},"
+             "{\"role\":\"user\",\"content\":\"d\"},{\"role\":\"assistant\",\"content\":\"e\"}]}\n",
+             64),
+        KEEL_OK);
     assert_int_equal(set.n_rows, 3);
-    const int32_t raw[] = { BOS, 'a' + 10, 'b' + 10, 'x' + 10, 'y' + 10, 'z' + 10 }, ended[] = { BOS, 'q' + 10, EOT };
+    const int32_t raw[] = { BOS, 'a' + 10, 'b' + 10, 'x' + 10, 'y' + 10, 'z' + 10 },
+                  ended[] = { BOS, 'q' + 10, EOT };
     assert_int_equal(set.rows[0].n, 6);
     assert_memory_equal(set.rows[0].ids, raw, sizeof raw);
     assert_int_equal(set.rows[0].first, 3);
@@ -177,7 +132,8 @@ static void test_order(void **state)
             first[n_first++] = a[i];
         }
         const double due = 0.75 * (double)(i + 1);
-        assert_true(due - (double)n_first < 1.0 && (double)n_first - due < 1.0); // never a whole row off its share
+        assert_true(due - (double)n_first < 1.0 &&
+                    (double)n_first - due < 1.0); // never a whole row off its share
     }
     assert_int_equal(n_first, 300);
     bool changed = false;
@@ -201,7 +157,8 @@ static void test_schedules(void **state)
     assert_true(keel_schedule_parse("linear", &s) && s == KEEL_SCHEDULE_LINEAR);
     assert_true(keel_schedule_parse("constant", &s) && s == KEEL_SCHEDULE_CONSTANT);
     assert_false(keel_schedule_parse("cos", &s));
-    // transformers.get_scheduler(name, warm-up 2, 10 steps) with base 1, at optimiser steps 1, 2, 3, 4, 7, 10.
+    // transformers.get_scheduler(name, warm-up 2, 10 steps) with base 1, at optimiser steps 1, 2, 3, 4,
+    // 7, 10.
     static const uint64_t step[6] = { 1, 2, 3, 4, 7, 10 };
     static const double want[3][6] = { { 0, 0.5, 1, 1, 1, 1 },
                                        { 0, 0.5, 1, 0.875, 0.5, 0.125 },

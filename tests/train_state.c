@@ -29,7 +29,9 @@ static struct keel_pair options[2] = { { "--rank", "16" }, { "--seed", "7" } };
 
 static struct keel_train_state blank(void)
 {
-    struct keel_train_state s = { .dev = dev, .log = &ear, .n_floats = N, .options = options, .n_options = 2 };
+    struct keel_train_state s = {
+        .dev = dev, .log = &ear, .n_floats = N, .options = options, .n_options = 2
+    };
     for (size_t i = 0; i < 3; i++) {
         assert_int_equal(keel_heap_alloc(heap, N * sizeof(float), &s.tensor[i]), KEEL_OK);
     }
@@ -40,7 +42,8 @@ static struct keel_train_state blank(void)
 static int set_up(void **state)
 {
     (void)state;
-    assert_int_equal(keel_device_create(&dev, &(struct keel_device_params){ .no_cache = true }, &ear), KEEL_OK);
+    assert_int_equal(keel_device_create(&dev, &(struct keel_device_params){ .no_cache = true }, &ear),
+                     KEEL_OK);
     assert_int_equal(keel_heap_create(&heap, dev, KEEL_HEAP_DEVICE, "test"), KEEL_OK);
     struct keel_train_state s = blank();
     float *x = malloc(N * sizeof *x);
