@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""info, the memory plan, devices, help and usage."""
+import os
+import subprocess
+
+import pytest
+
+import texts
+from keelcli import train_args, write_rows
+
+COMMANDS = ("devices", "info", "tokenize", "run", "score", "perplexity", "train", "export")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(keel, command):
+    r = keel(command, "--help")
+    assert command in r.out and "--" in r.out and not r.err
+
+
+def test_version_and_overview(keel):
+    assert any(c.isdigit() for c in keel("--version").out)
+    out = keel("--help").out
+    assert all(c in out for c in COMMANDS)
+
+
+@pytest.mark.parametrize("args,word", [
+    ([], "command"), (["swim"], "swim"), (["score", "--fly", "1"], "--fly"), (["tokenize", "x"], "model"),
+    (["run", "-m", "M", "-n"], "-n"), (["run", "-m", "M", "-n", "many"], "many"), (["run", "-m", "M", "--temp", "hot"], "hot"),
+    (["train", "-m", "M"], "--data"), (["train", "-m", "M", "--data", "d", "--out", "o", "--schedule", "lunar"], "lunar"),
+    (["perplexity", "-m", "M", "--file", "f", "--ctx", "-4"], "-4"), (["train", "-m", "M", "--data", "d", "--out", "o", "--lr", "nan"], "nan"),
+])
+def test_wrong_usage_is_2(keel, args, word):
+    keel.fails(*args, says=word, rc=2)
+
+
+def test_info_json(keel, model, oracle):
+    j, cfg = keel("info", model, "--json").json, oracle(model).config
+    text = str(j)
+    for n in (cfg.num_hidden_layers, cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.sliding_window):
+        assert str(n) in text, (n, j)
+    assert "gemma3" in text
+
+
+def test_plan_grows_with_what_it_plans(keel, tiny_a):
+    def total(*o):
+        j = keel("info", tiny_a, "--json", *o).json
+        plan = j["plan"] if "plan" in j else j
+        return plan["device_bytes"] + plan["host_bytes"]
+    base = total("--ctx", 256)
+    assert total("--ctx", 1024) > base
+    small = total("--rank", 4, "--batch", 1, "--seq-len", 64)
+    assert total("--rank", 64, "--batch", 1, "--seq-len", 64) > small
+    assert total("--rank", 4, "--batch", 8, "--seq-len", 64) > small
+
+
+def test_devices_json(keel):
+    devices = keel("devices", "--json").json
+    devices = devices["devices"] if isinstance(devices, dict) else devices
+    assert devices and all("name" in d for d in devices)
+
+
+def test_no_vulkan_device(keel, tiny_a, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", texts.SCORE[:1])
+    env = {"VK_ICD_FILENAMES": "/nonexistent/icd.json", "VK_DRIVER_FILES": "/nonexistent/icd.json"}
+    keel.fails("score", "-m", tiny_a, "--data", data, "--out", tmp_path / "o.jsonl", says="vulkan", leaves=tmp_path, env=env)
+    keel.fails("run", "-m", tiny_a, "-p", "the", says="vulkan", env=env)
+    keel("info", tiny_a, env=env)  # needs no device
+    keel("tokenize", "-m", tiny_a, "the", env=env)
+
+
+def test_too_little_memory(keel, tiny_a, tmp_path):
+    """Refused before anything runs, with the plan in the message."""
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    r = keel.fails(*train_args(tiny_a, data, tmp_path / "a.gguf", steps=1, memory_limit="1M"), says=("memory", "weights"), leaves=tmp_path)
+    assert any(unit in r.err for unit in ("MB", "MiB", "kB", "KiB"))
+    rows = write_rows(tmp_path / "s.jsonl", texts.SCORE)
+    keel.fails("score", "-m", tiny_a, "--data", rows, "--out", tmp_path / "o.jsonl", "--memory-limit", "1M", says="memory", leaves=tmp_path)
+
+
+@pytest.mark.full
+def test_peak_memory_is_the_plan(keel, real, tmp_path):
+    """Peak resident size of training within 15 % of the plan, on a driver whose device memory is the host's."""
+    if "lvp" not in os.environ.get("VK_ICD_FILENAMES", "lvp") and "swiftshader" not in os.environ.get("VK_ICD_FILENAMES", ""):
+        pytest.skip("device memory is not part of the process size on this driver")
+    j = keel("info", real, "--json", "--ctx", 1, "--rank", 16, "--batch", 2, "--seq-len", 128).json
+    plan = j["plan"] if "plan" in j else j
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": texts.LONG[:250], "completion": texts.LONG[250:380]}] * 2)
+    p = subprocess.Popen(keel.argv(*train_args(real, data, tmp_path / "a.gguf", steps=1, rank=16, batch=2, seq_len=128)), env=keel.env)
+    _, status, usage = os.wait4(p.pid, 0)
+    p.returncode = os.waitstatus_to_exitcode(status)
+    assert p.returncode == 0
+    peak, want = usage.ru_maxrss * 1024, plan["device_bytes"] + plan["host_bytes"]
+    print("peak", peak, "plan", want)
+    assert abs(peak / want - 1) < 0.15

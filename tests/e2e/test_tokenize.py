@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""tokenize: ids equal the SentencePiece definition (oracle Spm, itself equal to llama.cpp), byte for byte."""
+import random
+
+import pytest
+
+import texts
+from keelcli import tokenize
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+def test_cases(keel, tiny_a, oracle, tmp_path, special):
+    tok = oracle(tiny_a).tok
+    for text in texts.TOKENIZER:
+        if text:
+            got = tokenize(keel, tiny_a, text, tmp_path, *(["--special"] if special else []))
+            assert got == tok.encode(text, special=special), repr(text)
+
+
+def test_empty_text_is_bos(keel, tiny_a):
+    assert keel("tokenize", "-m", tiny_a, "--json", "").json["ids"] == [2]
+
+
+def test_no_bos_and_argument(keel, tiny_a, oracle):
+    text = "the clerk counts  the stones"
+    tok = oracle(tiny_a).tok
+    assert keel("tokenize", "-m", tiny_a, "--json", "--no-bos", text).json["ids"] == tok.encode(text, bos=False)
+    assert keel("tokenize", "-m", tiny_a, "--json", text).json["ids"] == tok.encode(text)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_text(keel, tiny_a, oracle, tmp_path, seed):
+    """A long random mixture of pieces, control names, whitespace runs and characters outside the vocabulary."""
+    rng, tok = random.Random(seed), oracle(tiny_a).tok
+    pieces = [t.replace("\u2581", " ") for t in tok.tokens]
+    chars = [chr(c) for c in (9, 10, 32, 0x41, 0xE9, 0x301, 0x200D, 0x4E2D, 0x1F600, 0x10FFFF)]
+    text = "".join(rng.choice([rng.choice(pieces), rng.choice(chars), " the clerk"]) for _ in range(4000))
+    for special in (False, True):
+        assert tokenize(keel, tiny_a, text, tmp_path, *(["--special"] if special else [])) == tok.encode(text, special=special)
+
+
+def test_long_text_is_not_quadratic(keel, tiny_a, oracle, tmp_path):
+    text = "a" * 400_000 + " the colour of the sky is blue" * 10_000
+    got = tokenize(keel, tiny_a, text, tmp_path)
+    assert got == oracle(tiny_a).tok.encode(text)
+
+
+@pytest.mark.parametrize("bad", [b"ok \xff", b"\xc0\x80", b"\xed\xa0\x80", b"abc\xe4\xb8", b"\xf4\x90\x80\x80"])
+def test_invalid_utf8_is_refused(keel, tiny_a, tmp_path, bad):
+    f = tmp_path / "bad.txt"
+    f.write_bytes(bad)
+    keel.fails("tokenize", "-m", tiny_a, "--json", "--file", f, says="utf-8")
+
+
+def test_hf_folder(keel, tiny, oracle, tiny_a, tmp_path):
+    r = keel("tokenize", "-m", tiny / "tiny_a_hf", "--json", "the sky", rc=(0, 1))
+    if r.rc:
+        assert "gguf" in r.err.lower(), r.err  # not read yet: the message must say what is
+    else:
+        assert r.json["ids"] == oracle(tiny_a).tok.encode("the sky")
+
+
+@pytest.mark.full
+def test_real_model(keel, real, g270, tmp_path):
+    for case in g270["tokenizer"]:
+        if case["text"]:
+            assert tokenize(keel, real, case["text"], tmp_path) == case["plain"], repr(case["text"])
+            assert tokenize(keel, real, case["text"], tmp_path, "--special") == case["special"], repr(case["text"])
