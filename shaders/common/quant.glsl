@@ -10,7 +10,12 @@
 // Q6_K s [SB][64] uvec4 (16 × s8), d [SB][32] u32 (f16 of rows 2i and 2i+1).
 // The packer is src/ops/tile.c; both follow docs/formats.md "tiles".
 //
-// The including shader declares `w_words` (uint[]) and `w_quads` (uvec4[]) over the same buffer.
+// The weights are binding 0 of the including shader.
+
+layout(set = 0, binding = 0) restrict readonly buffer W { uint w_words[]; };
+#ifdef EXCHANGE
+layout(set = 0, binding = 0) restrict readonly buffer W8 { uint64_t w_pairs[]; };
+#endif
 
 struct Scale {
     float d, m; // weight = d * q + m
@@ -23,11 +28,11 @@ struct Scale {
 #define FLOAT_TYPE
 #endif
 
-// Groups of 8 columns that share a scale.
+// Whether both halves of a block share a scale.
 #if defined(Q_Q6_K)
-#define SCALE_SPAN 2u
+#define ONE_SCALE false
 #else
-#define SCALE_SPAN 4u
+#define ONE_SCALE true
 #endif
 
 uint tile_words(uint kb_n)
@@ -60,8 +65,19 @@ float half_of(uint word, uint which)
     return unpackHalf2x16(word >> (16u * which)).x;
 }
 
-// Scale of columns 8j .. 8j+7 of block kb in row r of the tile whose first word is `base`; kb_n is KB.
-Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint j)
+// Two words at an even address. EXCHANGE variants read 64 bits at once where lanes are read one by one.
+uvec2 word_pair(uint at)
+{
+#ifdef EXCHANGE
+    const uint64_t v = w_pairs[at >> 1];
+    return uvec2(uint(v), uint(v >> 32));
+#else
+    return uvec2(w_words[at], w_words[at + 1u]);
+#endif
+}
+
+// Scale of columns 16p .. 16p+15 of block kb in row r of the tile whose first word is `base`; kb_n is KB.
+Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint p)
 {
 #if defined(FLOAT_TYPE)
     return Scale(1.0, 0.0);
@@ -93,58 +109,60 @@ Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint j)
 #elif defined(Q_Q6_K)
     const uint s = base + kb_n * 384u;
     const uint sb = kb >> 3;
-    const uint i = (kb & 7u) * 2u + (j >> 1); // which of the 16 sub-blocks
+    const uint i = (kb & 7u) * 2u + p; // which of the 16 sub-blocks
     const int sc = bitfieldExtract(int(w_words[s + (sb * 64u + r) * 4u + (i >> 2)]), int(i & 3u) * 8, 8);
     const float d = half_of(w_words[s + kb_n * 32u + sb * 32u + (r >> 1)], r & 1u) * float(sc);
     return Scale(d, -32.0 * d);
 #endif
 }
 
-// The weights of columns 8j .. 8j+7 of block kb in row r.
-void fetch8(uint base, uint kb_n, uint kb, uint r, uint j, Scale s, out float w[8])
+// The weights of columns 16p .. 16p+15 of block kb in row r, with their scale.
+void fetch16(uint base, uint kb_n, uint kb, uint r, uint p, Scale s, out float w[16])
 {
 #if defined(Q_F32)
-    const uint at = base / 4u + (kb * 8u + 2u * j) * 64u + r;
-    const uvec4 a = w_quads[at], b = w_quads[at + 64u];
-    [[unroll]] for (uint i = 0; i < 4u; i++) {
-        w[i] = uintBitsToFloat(a[i]);
-        w[i + 4u] = uintBitsToFloat(b[i]);
+    [[unroll]] for (uint c = 0; c < 4u; c++) {
+        const uint at = base + ((kb * 8u + 4u * p + c) * 64u + r) * 4u;
+        const uvec2 lo = word_pair(at), hi = word_pair(at + 2u);
+        w[4u * c] = uintBitsToFloat(lo.x);
+        w[4u * c + 1u] = uintBitsToFloat(lo.y);
+        w[4u * c + 2u] = uintBitsToFloat(hi.x);
+        w[4u * c + 3u] = uintBitsToFloat(hi.y);
     }
-#elif defined(Q_F16)
-    const uvec4 a = w_quads[base / 4u + (kb * 4u + j) * 64u + r];
-    [[unroll]] for (uint i = 0; i < 4u; i++) {
-        const vec2 v = unpackHalf2x16(a[i]);
-        w[2u * i] = v.x;
-        w[2u * i + 1u] = v.y;
-    }
-#elif defined(Q_BF16)
-    const uvec4 a = w_quads[base / 4u + (kb * 4u + j) * 64u + r];
-    [[unroll]] for (uint i = 0; i < 4u; i++) {
-        w[2u * i] = uintBitsToFloat(a[i] << 16);
-        w[2u * i + 1u] = uintBitsToFloat(a[i] & 0xffff0000u);
+#elif defined(Q_F16) || defined(Q_BF16)
+    [[unroll]] for (uint c = 0; c < 4u; c++) {
+        const uvec2 a = word_pair(base + ((kb * 4u + 2u * p + (c >> 1)) * 64u + r) * 4u + (c & 1u) * 2u);
+        [[unroll]] for (uint i = 0; i < 2u; i++) {
+#if defined(Q_F16)
+            const vec2 v = unpackHalf2x16(a[i]);
+#else
+            const vec2 v = vec2(uintBitsToFloat(a[i] << 16), uintBitsToFloat(a[i] & 0xffff0000u));
+#endif
+            w[4u * c + 2u * i] = v.x;
+            w[4u * c + 2u * i + 1u] = v.y;
+        }
     }
 #elif defined(Q_Q8_0)
-    const uint at = base + ((kb * 2u + (j >> 1)) * 64u + r) * 4u + (j & 1u) * 2u;
-    const int a = int(w_words[at]), b = int(w_words[at + 1u]);
-    [[unroll]] for (uint i = 0; i < 4u; i++) {
-        w[i] = s.d * float(bitfieldExtract(a, int(8u * i), 8));
-        w[i + 4u] = s.d * float(bitfieldExtract(b, int(8u * i), 8));
+    [[unroll]] for (uint c = 0; c < 2u; c++) {
+        const uvec2 a = word_pair(base + ((kb * 2u + p) * 64u + r) * 4u + 2u * c);
+        [[unroll]] for (uint i = 0; i < 8u; i++) {
+            w[8u * c + i] = s.d * float(bitfieldExtract(int(a[i >> 2]), int(8u * (i & 3u)), 8));
+        }
     }
 #else
-    const uint q = w_words[base + (kb * 64u + r) * 4u + j];
+    const uvec2 q = word_pair(base + (kb * 64u + r) * 4u + 2u * p);
 #if defined(Q_Q5_0) || defined(Q_Q5_1) || defined(Q_Q5_K)
-    const uint h = w_words[base + kb_n * 256u + kb * 64u + r] >> (8u * j);
-    [[unroll]] for (uint i = 0; i < 8u; i++) {
-        w[i] = s.d * float((q >> (4u * i) & 15u) | (h >> i & 1u) << 4) + s.m;
+    const uint h = w_words[base + kb_n * 256u + kb * 64u + r] >> (16u * p);
+    [[unroll]] for (uint i = 0; i < 16u; i++) {
+        w[i] = s.d * float((q[i >> 3] >> (4u * (i & 7u)) & 15u) | (h >> i & 1u) << 4) + s.m;
     }
 #elif defined(Q_Q6_K)
-    const uint h = w_words[base + kb_n * 256u + (kb * 64u + r) * 2u + (j >> 1)] >> (16u * (j & 1u));
-    [[unroll]] for (uint i = 0; i < 8u; i++) {
-        w[i] = s.d * float((q >> (4u * i) & 15u) | (h >> (2u * i) & 3u) << 4) + s.m;
+    const uint h = w_words[base + kb_n * 256u + (kb * 64u + r) * 2u + p];
+    [[unroll]] for (uint i = 0; i < 16u; i++) {
+        w[i] = s.d * float((q[i >> 3] >> (4u * (i & 7u)) & 15u) | (h >> (2u * i) & 3u) << 4) + s.m;
     }
 #else
-    [[unroll]] for (uint i = 0; i < 8u; i++) {
-        w[i] = s.d * float(q >> (4u * i) & 15u) + s.m;
+    [[unroll]] for (uint i = 0; i < 16u; i++) {
+        w[i] = s.d * float(q[i >> 3] >> (4u * (i & 7u)) & 15u) + s.m;
     }
 #endif
 #endif

@@ -4,6 +4,10 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#ifdef EXCHANGE
+#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
+#extension GL_KHR_shader_subgroup_ballot : require
+#endif
 #include "linear/linear.h"
 
 layout(local_size_x_id = 0) in;                // 64 × SLICES
@@ -13,8 +17,6 @@ layout(constant_id = 3) const uint SLICES = 1; // parts of K, summed through sha
 layout(constant_id = 4) const bool TAIL = false; // K is no multiple of 32
 
 layout(push_constant) uniform Push { linear_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer W { uint w_words[]; };
-layout(set = 0, binding = 0) restrict readonly buffer W4 { uvec4 w_quads[]; };
 layout(set = 0, binding = 1) restrict readonly buffer X { float x[]; }; // [T, K]
 layout(set = 0, binding = 2) restrict buffer Y { float y[]; };          // [T, N]
 
@@ -45,25 +47,36 @@ void main()
     }
     for (uint kb = slice; kb < pc.kb; kb += SLICES) {
         Scale s[TILES];
-        [[unroll]] for (uint j = 0; j < 4u; j++) {
-            float w[TILES * 8];
+        [[unroll]] for (uint p = 0; p < 2u; p++) {
+            float w[TILES * 16];
             [[unroll]] for (uint a = 0; a < TILES; a++) {
-                if (j % SCALE_SPAN == 0u) {
-                    s[a] = fetch_scale(base[a], pc.kb, kb, r, j);
+                if (p == 0u || !ONE_SCALE) {
+                    s[a] = fetch_scale(base[a], pc.kb, kb, r, p);
                 }
-                float v[8];
-                fetch8(base[a], pc.kb, kb, r, j, s[a], v);
-                [[unroll]] for (uint i = 0; i < 8u; i++) {
-                    w[a * 8u + i] = v[i];
+                float v[16];
+                fetch16(base[a], pc.kb, kb, r, p, s[a], v);
+                [[unroll]] for (uint i = 0; i < 16u; i++) {
+                    w[a * 16u + i] = v[i];
                 }
             }
             [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-                [[unroll]] for (uint i = 0; i < 8u; i++) {
-                    const uint col = kb * 32u + 8u * j + i;
-                    const float xv = x[row[t] + (TAIL ? min(col, pc.k - 1u) : col)]; // W is zero beyond K
-                    [[unroll]] for (uint a = 0; a < TILES; a++) {
-                        acc[a * TOKENS + t] += w[a * 8u + i] * xv;
-                    }
+                [[unroll]] for (uint e = 0; e < 16u; e += 8u) {
+                    // W is zero beyond K, so any finite x will do there.
+#define COLUMN(i) (TAIL ? min(kb * 32u + 16u * p + e + (i), pc.k - 1u) : kb * 32u + 16u * p + e + (i))
+#ifdef EXCHANGE
+                    const float mine = x[row[t] + COLUMN(gl_SubgroupInvocationID & 7u)];
+#define VALUE(i) subgroupBroadcast(mine, i)
+#else
+#define VALUE(i) x[row[t] + COLUMN(i)]
+#endif
+#define MAC(i) \
+    { \
+        const float xv = VALUE(i); \
+        [[unroll]] for (uint a = 0; a < TILES; a++) { \
+            acc[a * TOKENS + t] += w[a * 16u + e + i] * xv; \
+        } \
+    }
+                    MAC(0u) MAC(1u) MAC(2u) MAC(3u) MAC(4u) MAC(5u) MAC(6u) MAC(7u)
                 }
             }
         }

@@ -267,6 +267,7 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     memcpy(dev->cache_uuid, props.pipelineCacheUUID, VK_UUID_SIZE);
 
     VkPhysicalDeviceFeatures2 enable = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &f.storage16};
+    enable.features.shaderInt64 = dev->caps.exchange;
     void **tail = &f.storage16.pNext;
     *tail = NULL;
     if (dev->caps.storage8) {
@@ -296,8 +297,10 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     // Conservative until something was measured: a slow board must not run into its watchdog on the first submission.
     dev->rate_flops = 2e9;
     dev->rate_bytes = 4e9;
-    (void)keel_speed_load(dev);
     KEEL_TRY(keel_pipelines_init(dev));
+    if (!keel_speed_load(dev)) {
+        KEEL_TRY(keel_speed_choose(dev));
+    }
 out:
     return st;
 }

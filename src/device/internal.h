@@ -152,6 +152,8 @@ uint32_t keel_main_heap(const VkPhysicalDeviceMemoryProperties *mem, bool unifie
 // Speeds measured earlier on this device and driver. False if there are none.
 bool keel_speed_load(keel_device *dev);
 void keel_speed_save(const keel_device *dev);
+// Decides by a short measurement whether variants with caps.exchange pay; clears the flag if not or if they compute wrong.
+keel_status keel_speed_choose(keel_device *dev);
 
 // --- memory.c ------------------------------------------------------------------------------------
 

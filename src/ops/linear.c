@@ -12,11 +12,13 @@ static_assert(sizeof(struct linear_pc) == 40, "shaders/linear/linear.h");
 struct type_shaders {
     enum keel_dtype type;
     const char *fwd_label, *bwd_label;
-    const struct keel_shader *fwd, *bwd, *embed;
+    const struct keel_shader *fwd[2], *bwd[2]; // [caps.exchange]
+    const struct keel_shader *embed;
 };
 
 #define TYPE(t)                                                                                                        \
-    { KEEL_##t, "linear " #t, "linear_bwd " #t, &keel_sh_linear_fwd_##t, &keel_sh_linear_bwd_##t, &keel_sh_embed_##t }
+    { KEEL_##t, "linear " #t, "linear_bwd " #t, { &keel_sh_linear_fwd_##t, &keel_sh_linear_fwd_x_##t },                          \
+      { &keel_sh_linear_bwd_##t, &keel_sh_linear_bwd_x_##t }, &keel_sh_embed_##t }
 static const struct type_shaders *shaders_of(enum keel_dtype type)
 {
     static const struct type_shaders all[] = {
@@ -37,22 +39,34 @@ static uint64_t row_bytes(const struct keel_matrix *w)
     return keel_tile_bytes(w->type, 64, w->cols) / 64;
 }
 
-// Tokens a lane works on. More tokens read fewer weights; more than 8 spill registers.
-static uint32_t tokens_per_lane(uint32_t n_tokens)
+// Tokens and tiles of rows that a lane works on. A lane that reads for itself wants many tokens for each weight it unpacks;
+// with exchange, tokens are cheap to read and weights dear, and registers spill to memory that is fast on CPUs.
+struct tiling {
+    uint32_t tokens, tiles;
+};
+
+static struct tiling tiling_of(bool exchange, uint32_t n_tokens, uint32_t n_tiles)
 {
-    return n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1;
+    const uint32_t tokens = exchange ? 4 : 8;
+    struct tiling t = { n_tokens >= tokens ? tokens : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1 };
+    const uint32_t most = !exchange ? 2 : n_tokens >= 4 ? 8 : 4;
+    while (t.tiles < most && n_tiles >= 4 * t.tiles) { // keep at least two workgroups
+        t.tiles *= 2;
+    }
+    return t;
 }
 
 void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const uint32_t tokens = tokens_per_lane(p->n_tokens);
-    const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
+    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange;
     for (uint32_t i = 0; i < w->n_shards; i++) {
         const struct keel_shard *s = &w->shard[i];
         const uint32_t tiles = keel_div_up(s->rows, 64);
-        const uint32_t tiles_lane = tiles >= 8 ? 2 : 1; // fewer leave processors idle
+        const struct tiling tiling = tiling_of(exchange, p->n_tokens, tiles);
+        const uint32_t tokens = tiling.tokens, tiles_lane = tiling.tiles;
+        const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
         const uint64_t tile_flops = UINT64_C(128) * w->cols * p->n_tokens;
         const uint32_t step = units_per_dispatch(rec, tiles, tile_flops, tiles_lane);
         // One tile may still be too much for long batches: then the tokens are split as well.
@@ -65,7 +79,7 @@ void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
                     .tile0 = tile, .tiles = n, .t0 = g * tokens, .n_tokens = p->n_tokens, .add = p->add,
                 };
                 keel_record(rec, &(struct keel_dispatch){
-                    .shader = sh->fwd,
+                    .shader = sh->fwd[exchange],
                     .spec = { LANES, tiles_lane, tokens, 1, w->cols % 32 != 0 }, .n_spec = 5,
                     .bind = { READ(s->span), READ(p->x), UPDATE(p->y) }, .n_bind = 3,
                     .push = &pc, .push_bytes = sizeof pc,
@@ -82,9 +96,10 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const uint32_t tokens = tokens_per_lane(p->n_tokens);
+    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange;
+    const uint32_t tokens = p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1; // 16 sums each: more spill registers
     const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
-    const uint32_t lanes_k = keel_div_up(w->cols, 32) * 4;
+    const uint32_t lanes_k = keel_div_up(w->cols, 32) * 2;
     // At most 16384 rows in one loop: lavapipe 22.3 stops silently after 65535 iterations (portability notes 0.1).
     const uint32_t step_rows = 16384 / 64;
     bool add = p->add;
@@ -102,7 +117,7 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
                     .tile0 = tile, .tiles = n, .t0 = g * tokens, .n_tokens = p->n_tokens, .add = add,
                 };
                 keel_record(rec, &(struct keel_dispatch){
-                    .shader = sh->bwd,
+                    .shader = sh->bwd[exchange],
                     .spec = { LANES, tokens }, .n_spec = 2,
                     .bind = { READ(s->span), READ(p->dy), UPDATE(p->dx) }, .n_bind = 3,
                     .push = &pc, .push_bytes = sizeof pc,
@@ -130,7 +145,7 @@ void keel_embed(keel_recorder *rec, const struct keel_embed_params *p)
             .shader = shaders_of(w->type)->embed, .spec = { LANES }, .n_spec = 1,
             .bind = { READ(s->span), READ(p->ids), UPDATE(p->y) }, .n_bind = 3,
             .push = &pc, .push_bytes = sizeof pc,
-            .groups = { keel_div_up(pc.kb * 4, LANES), p->n_tokens, 1 },
+            .groups = { keel_div_up(pc.kb * 2, LANES), p->n_tokens, 1 },
             .flops = (uint64_t)p->n_tokens * w->cols,
             .bytes = p->n_tokens * (row_bytes(w) + 4ull * w->cols),
             .label = "embed" });
