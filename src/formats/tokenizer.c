@@ -97,15 +97,18 @@ static int32_t table_longest(const keel_tokenizer *tok, const struct table *t, c
 
 // --- creation ------------------------------------------------------------------------------------
 
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+// 0x41 of "<0x41>"; -1 if the name is no byte.
 static int byte_of_name(const char *s, size_t len)
 {
-    char *end;
-    if (len != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>') {
+    if (len != 6 || memcmp(s, "<0x", 3) != 0 || s[5] != '>' || hex_digit(s[3]) < 0 || hex_digit(s[4]) < 0) {
         return -1;
     }
-    const char hex[3] = { s[3], s[4], 0 };
-    const long v = strtol(hex, &end, 16);
-    return end == hex + 2 ? (int)v : -1;
+    return hex_digit(s[3]) * 16 + hex_digit(s[4]);
 }
 
 static void add_replaced(struct keel_text *pool, const char *s, size_t len, const char *from, const char *to)
@@ -176,7 +179,7 @@ static void index_tokens(keel_tokenizer *tok)
             table_add(tok, &tok->whole, i);
             tok->starts_whole[first] = true;
         }
-        if (tok->type[i] == CONTROL || tok->type[i] == USER_DEFINED) {
+        if (tok->type[i] == CONTROL || tok->type[i] == UNKNOWN || tok->type[i] == USER_DEFINED) {
             table_add(tok, &tok->control, i);
             tok->starts_control[first] = true;
         }
@@ -217,61 +220,105 @@ out:
     return st;
 }
 
-keel_status keel_tokenizer_create(keel_tokenizer **out, const keel_gguf *g, const keel_log *log)
+struct lists {
+    struct keel_gguf_array tokens, scores, types;
+};
+
+static keel_status read_lists(const keel_gguf *g, struct lists *l, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    struct keel_text pool = { 0 };
-    struct keel_gguf_array tokens, scores, types;
     const char *file = keel_gguf_name(g);
-    keel_tokenizer *tok = calloc(1, sizeof *tok);
-    *out = NULL;
     const char *model = keel_gguf_str(g, "tokenizer.ggml.model", NULL);
-    if (!tok) {
-        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory for the tokenizer", file);
-    }
-    tok->log = log;
-    memset(tok->byte_id, 0xff, sizeof tok->byte_id);
     if (!model) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: no tokenizer (tokenizer.ggml.model is missing); convert the model again with one", file);
     }
     if (strcmp(model, "llama") != 0) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: tokenizer '%s' is not supported, only SentencePiece BPE ('llama')", file, model);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.tokens", &tokens) || tokens.type != KEEL_GGUF_STR || tokens.n == 0 ||
-        tokens.n > 1u << 24) {
+    if (!keel_gguf_array(g, "tokenizer.ggml.tokens", &l->tokens) || l->tokens.type != KEEL_GGUF_STR || l->tokens.n == 0 ||
+        l->tokens.n > 1u << 24) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.tokens is missing, empty or no list of strings", file);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.scores", &scores) || !keel_gguf_type_is_float(scores.type) || scores.n != tokens.n) {
+    if (!keel_gguf_array(g, "tokenizer.ggml.scores", &l->scores) || !keel_gguf_type_is_float(l->scores.type) ||
+        l->scores.n != l->tokens.n) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.scores must be %llu numbers, one a token", file,
-                  (unsigned long long)tokens.n);
+                  (unsigned long long)l->tokens.n);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.token_type", &types) || !keel_gguf_type_is_int(types.type) || types.n != tokens.n) {
+    if (!keel_gguf_array(g, "tokenizer.ggml.token_type", &l->types) || !keel_gguf_type_is_int(l->types.type) ||
+        l->types.n != l->tokens.n) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.token_type must be %llu integers, one a token", file,
-                  (unsigned long long)tokens.n);
+                  (unsigned long long)l->tokens.n);
     }
-    tok->vocab = (uint32_t)tokens.n;
+out:
+    return st;
+}
+
+static keel_status read_tokens(keel_tokenizer *tok, struct keel_text *pool, const struct lists *l, const char *file)
+{
+    keel_status st = KEEL_OK;
+    for (uint32_t i = 0; i < tok->vocab; i++) {
+        size_t len;
+        const char *s = keel_gguf_array_str(&l->tokens, i, &len);
+        const int64_t type = keel_gguf_array_int(&l->types, i);
+        const double score = keel_gguf_array_num(&l->scores, i);
+        if (len > 1u << 16 || pool->len > 1u << 30) {
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has %zu bytes, which cannot be right", file, i, len);
+        }
+        if (type < 0 || type > BYTE || (type == BYTE && byte_of_name(s, len) < 0)) {
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has type %lld; 0 to 6 exist, and 6 is a byte written <0xXX>", file,
+                      i, (long long)type);
+        }
+        if (score != score) {
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has a score that is not a number", file, i);
+        }
+        tok->type[i] = type == 0 ? NORMAL : (uint8_t)type; // 0 is ggml's "undefined"
+        tok->score[i] = (float)score;
+        add_token(tok, pool, i, s, len);
+    }
+    if (pool->failed) {
+        KEEL_FAIL(tok->log, KEEL_ERR_NO_MEMORY, "%s: out of memory for %u tokens", file, tok->vocab);
+    }
+out:
+    return st;
+}
+
+// Without a byte token or an unknown token for it a character would vanish.
+static keel_status check_fallback(const keel_tokenizer *tok, const char *file)
+{
+    for (unsigned i = 0; i < 256 && tok->ids.unk < 0; i++) {
+        if (tok->byte_id[i] < 0) {
+            KEEL_ERROR(tok->log, "%s: the vocabulary has neither the byte token <0x%02X> nor an unknown token", file, i);
+            return KEEL_ERR_FORMAT;
+        }
+    }
+    return KEEL_OK;
+}
+
+keel_status keel_tokenizer_create(keel_tokenizer **out, const keel_gguf *g, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_text pool = { 0 };
+    struct lists l = { 0 };
+    const char *file = keel_gguf_name(g);
+    keel_tokenizer *tok = NULL;
+    *out = NULL;
+    KEEL_TRY(read_lists(g, &l, log));
+    tok = calloc(1, sizeof *tok);
+    if (!tok) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory for the tokenizer", file);
+    }
+    tok->log = log;
+    memset(tok->byte_id, 0xff, sizeof tok->byte_id);
+    tok->vocab = (uint32_t)l.tokens.n;
     if (!allocate(tok)) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory for %u tokens", file, tok->vocab);
     }
-    for (uint32_t i = 0; i < tok->vocab; i++) {
-        size_t len;
-        const char *s = keel_gguf_array_str(&tokens, i, &len);
-        const int64_t type = keel_gguf_array_int(&types, i);
-        const double score = keel_gguf_array_num(&scores, i);
-        if (len > 1u << 16 || pool.len > 1u << 30) {
-            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: token %u has %zu bytes, which cannot be right", file, i, len);
-        }
-        tok->type[i] = type >= NORMAL && type <= BYTE ? (uint8_t)type : NORMAL;
-        tok->score[i] = score == score ? (float)score : -1e30f;
-        add_token(tok, &pool, i, s, len);
-    }
-    if (pool.failed) {
-        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory for %u tokens", file, tok->vocab);
-    }
+    KEEL_TRY(read_tokens(tok, &pool, &l, file));
     tok->pool = pool.data;
     pool = (struct keel_text){ 0 };
     index_tokens(tok);
     KEEL_TRY(read_flags(tok, g));
+    KEEL_TRY(check_fallback(tok, file));
     *out = tok;
     tok = NULL;
 out:
