@@ -1,77 +1,559 @@
 // SPDX-License-Identifier: MIT
-// device/recorder.c: turns a list of dispatches into command buffers: descriptor sets, derived barriers, short submissions.
-// Owns the choice of where a submission ends. Does not know what a dispatch computes.
+// device/recorder.c: a list of dispatches becomes command buffers. Here live descriptor sets, the barriers derived from what
+// dispatches read and write, the cut into short submissions, and the times taken around them.
+// Does not own pipelines or memory.
 #include "internal.h"
 
 #include "platform.h"
 
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define SETS_PER_POOL 256
-#define MAX_TOUCHED 192        // spans remembered since the last barrier; more: a barrier, which is always right
-#define QUERIES_PER_SEGMENT 512
-#define FIRST_NS 10000000u     // the first submission is short, so that the device starts early
+#define POOL_SETS 256u     // descriptor sets in one pool
+#define PROFILE_MOST 1024u // dispatches in one part while profiling: one query each
+#define HAZARDS_MOST 64u   // ranges remembered since the last barrier; beyond it a barrier is cheaper than a long search
+#define GROUPS_MOST 65535u // workgroups in y and z that every device takes
+#define DISPATCH_NS 5000.0 // cost of a dispatch that does nothing, for the estimate only
 
-// One command buffer and what is known of it.
-struct segment {
-    VkCommandBuffer cmd;
-    VkFence fence;
-    VkQueryPool queries; // null unless profiled
-    uint32_t n_timed;
-    struct keel_profile_row timed[QUERIES_PER_SEGMENT / 2];
-    uint64_t flops, bytes, submitted_ns;
-    uint32_t n; // commands in it
-    bool in_flight;
+#define COMPUTE VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT
+#define TRANSFER VK_PIPELINE_STAGE_TRANSFER_BIT
+
+struct range {
+    const struct keel_block *block;
+    uint64_t lo, hi;
 };
 
-struct touched {
-    struct keel_block *block;
-    uint64_t begin, end;
+struct range_list {
+    struct range items[HAZARDS_MOST];
+    uint32_t n;
+};
+
+struct entry {
+    const char *label;
+    uint64_t flops, bytes;
+};
+
+// One submission: a command buffer and all that lives as long as it.
+struct part {
+    VkCommandBuffer cmd;
+    VkFence fence;
+    VkQueryPool queries; // [0] start, then the end of each dispatch (profiling) or of all; absent without timestamps
+    VkDescriptorPool *pools;
+    uint32_t n_pools, pool_at, sets_left;
+    struct entry *entries; // profiling only
+    uint32_t n_entries, cap_entries;
+    uint32_t n; // commands that do work
+    uint64_t flops, bytes, submit_ns;
+    double est_ns;
+    bool in_flight;
 };
 
 struct keel_recorder {
     keel_device *dev;
-    bool replay, profiled;
-    keel_status st;
+    bool replay, profile;
+    bool ended; // replay: the list is complete
+    keel_status status;
     VkCommandPool pool;
-    VkDescriptorPool *sets;
-    uint32_t n_sets, cap_sets; // pools
-    uint32_t set_pool, set_used; // pool being filled, sets taken from it
-    struct segment **seg;
-    uint32_t n_seg, cap_seg; // segments made so far
-    uint32_t first, open;    // [first, open) are submitted; open is being recorded (n_open counts it)
-    bool recording;
-    struct touched reads[MAX_TOUCHED], writes[MAX_TOUCHED];
-    uint32_t n_reads, n_writes;
+    struct part **parts; // replay: the list in order; else a ring of MAX_IN_FLIGHT
+    uint32_t n_parts, cap_parts;
+    uint32_t used;     // replay: parts of the list; else parts begun since creation
+    struct part *open; // being recorded
+    VkPipeline bound;
+    VkPipelineStageFlags stages; // that did work since the last barrier
+    struct range_list written, read;
+    uint64_t last_done_ns;
 };
 
-// --- estimates -----------------------------------------------------------------------------------
-
-static double estimate_ns(const keel_device *dev, uint64_t flops, uint64_t bytes)
+static void fail(keel_recorder *rec, keel_status st)
 {
-    return 1e9 * ((double)flops / dev->rate_flops + (double)bytes / dev->rate_bytes);
+    if (rec->status == KEEL_OK) {
+        rec->status = st;
+    }
 }
 
-// Moves the rates towards what a submission took. Only long ones tell something; both rates move together, since one
-// number cannot tell them apart.
-static void learn(keel_device *dev, const struct segment *s, uint64_t ns)
+static bool vk_ok(keel_recorder *rec, VkResult r, const char *what)
 {
-    const double guess = estimate_ns(dev, s->flops, s->bytes);
-    if (ns < 2000000 || guess < 1000.0) {
-        return;
+    if (r != VK_SUCCESS) {
+        fail(rec, keel_vk_failed(rec->dev, r, what));
     }
-    double ratio = guess / (double)ns;
-    ratio = KEEL_MIN(KEEL_MAX(ratio, 0.25), 4.0);
-    const double step = 1.0 + 0.3 * (ratio - 1.0);
-    dev->rate_flops = KEEL_MIN(KEEL_MAX(dev->rate_flops * step, 2e7), 1e15);
-    dev->rate_bytes = KEEL_MIN(KEEL_MAX(dev->rate_bytes * step, 2e7), 1e14);
+    return r == VK_SUCCESS;
+}
+
+// --- parts ---------------------------------------------------------------------------------------
+
+static void free_part(keel_device *dev, struct part *p)
+{
+    for (uint32_t i = 0; i < p->n_pools; ++i) {
+        dev->vk.vkDestroyDescriptorPool(dev->handle, p->pools[i], NULL);
+    }
+    dev->vk.vkDestroyQueryPool(dev->handle, p->queries, NULL);
+    dev->vk.vkDestroyFence(dev->handle, p->fence, NULL);
+    free(p->pools);
+    free(p->entries);
+    free(p);
+}
+
+static struct part *new_part(keel_recorder *rec)
+{
+    keel_device *dev = rec->dev;
+    struct part *p = calloc(1, sizeof(*p));
+    if (!p) {
+        KEEL_ERROR(dev->log, "out of host memory while recording");
+        fail(rec, KEEL_ERR_NO_MEMORY);
+        return NULL;
+    }
+    const VkCommandBufferAllocateInfo cmd = {.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO, .commandPool = rec->pool,
+                                             .level = VK_COMMAND_BUFFER_LEVEL_PRIMARY, .commandBufferCount = 1};
+    const VkFenceCreateInfo fence = {.sType = VK_STRUCTURE_TYPE_FENCE_CREATE_INFO};
+    const VkQueryPoolCreateInfo queries = {.sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
+                                           .queryType = VK_QUERY_TYPE_TIMESTAMP,
+                                           .queryCount = rec->profile ? PROFILE_MOST + 1 : 2};
+    VkResult r = dev->vk.vkAllocateCommandBuffers(dev->handle, &cmd, &p->cmd);
+    if (r == VK_SUCCESS) {
+        r = dev->vk.vkCreateFence(dev->handle, &fence, NULL, &p->fence);
+    }
+    if (r == VK_SUCCESS && dev->caps.timestamps) {
+        r = dev->vk.vkCreateQueryPool(dev->handle, &queries, NULL, &p->queries);
+    }
+    if (!vk_ok(rec, r, "preparing a submission")) {
+        free_part(dev, p);
+        return NULL;
+    }
+    return p;
+}
+
+// The part to record next, idle. NULL on failure.
+static struct part *next_part(keel_recorder *rec)
+{
+    if (!rec->replay && rec->n_parts == MAX_IN_FLIGHT) {
+        return rec->parts[rec->used++ % MAX_IN_FLIGHT];
+    }
+    if (rec->used < rec->n_parts) {
+        return rec->parts[rec->used++];
+    }
+    if (rec->n_parts == rec->cap_parts) {
+        const uint32_t cap = rec->cap_parts ? 2 * rec->cap_parts : 4;
+        struct part **parts = realloc(rec->parts, cap * sizeof(struct part *));
+        if (!parts) {
+            KEEL_ERROR(rec->dev->log, "out of host memory while recording");
+            fail(rec, KEEL_ERR_NO_MEMORY);
+            return NULL;
+        }
+        rec->parts = parts;
+        rec->cap_parts = cap;
+    }
+    struct part *p = new_part(rec);
+    if (p) {
+        rec->parts[rec->n_parts++] = p;
+        ++rec->used;
+    }
+    return p;
+}
+
+// --- estimate ------------------------------------------------------------------------------------
+
+static double estimate(const keel_device *dev, uint64_t flops, uint64_t bytes, uint32_t n)
+{
+    return (double)flops / dev->rate_flops * 1e9 + (double)bytes / dev->rate_bytes * 1e9 + DISPATCH_NS * n;
+}
+
+static double between(double lo, double x, double hi)
+{
+    return x < lo ? lo : x > hi ? hi : x;
+}
+
+// Learns from what a submission took: slower at once, because a watchdog may wait; faster by and by.
+static void learn(keel_device *dev, const struct part *p, uint64_t ns)
+{
+    const double est = estimate(dev, p->flops, p->bytes, p->n), took = (double)KEEL_MAX(ns, 1u);
+    if (est < 2e6 && took < 2e6) {
+        return; // mostly the cost of starting it
+    }
+    const double ratio = est / took, factor = ratio < 1.0 ? KEEL_MAX(ratio, 0.25) : KEEL_MIN(1.0 + (ratio - 1.0) / 4.0, 2.0);
+    dev->rate_flops = between(1e8, dev->rate_flops * factor, 1e15);
+    dev->rate_bytes = between(1e8, dev->rate_bytes * factor, 1e14);
 }
 
 uint64_t keel_recorder_quantum(const keel_recorder *rec)
 {
-    const double flops = rec->dev->rate_flops * (TARGET_NS * 1e-9);
+    const double flops = rec->dev->rate_flops * TARGET_NS * 1e-9;
     return flops > 1e6 ? (uint64_t)flops : 1000000u;
+}
+
+// --- submission ----------------------------------------------------------------------------------
+
+static void account(keel_recorder *rec, struct part *p)
+{
+    keel_device *dev = rec->dev;
+    uint64_t t[PROFILE_MOST + 1], ns = 0;
+    const uint64_t now = keel_now_ns();
+    const uint32_t n = rec->profile ? p->n_entries + 1 : 2;
+    bool timed = p->queries != VK_NULL_HANDLE;
+    if (timed) {
+        const VkResult r = dev->vk.vkGetQueryPoolResults(dev->handle, p->queries, 0, n, n * sizeof(t[0]), t, sizeof(t[0]),
+                                                         VK_QUERY_RESULT_64_BIT | VK_QUERY_RESULT_WAIT_BIT);
+        timed = vk_ok(rec, r, "reading times");
+    }
+    if (timed) {
+        ns = (uint64_t)((double)((t[n - 1] - t[0]) & dev->timestamp_mask) * dev->caps.timestamp_ns);
+    } else {
+        ns = now - KEEL_MAX(p->submit_ns, rec->last_done_ns);
+    }
+    for (uint32_t i = 0; i < p->n_entries; ++i) {
+        const uint64_t ticks = timed ? (t[i + 1] - t[i]) & dev->timestamp_mask : 0;
+        keel_profile_add(dev, p->entries[i].label, (uint64_t)((double)ticks * dev->caps.timestamp_ns), p->entries[i].flops,
+                         p->entries[i].bytes);
+    }
+    rec->last_done_ns = now;
+    dev->longest_ns = KEEL_MAX(dev->longest_ns, ns);
+    learn(dev, p, ns);
+}
+
+static void wait_part(keel_recorder *rec, struct part *p)
+{
+    keel_device *dev = rec->dev;
+    if (!p->in_flight) {
+        return;
+    }
+    const keel_status st = keel_wait_fence(dev, p->fence, "a submission");
+    p->in_flight = false;
+    if (st != KEEL_OK) {
+        fail(rec, st);
+        return;
+    }
+    (void)dev->vk.vkResetFences(dev->handle, 1, &p->fence);
+    account(rec, p);
+}
+
+static void submit_part(keel_recorder *rec, struct part *p)
+{
+    keel_device *dev = rec->dev;
+    const VkSubmitInfo info = {.sType = VK_STRUCTURE_TYPE_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &p->cmd};
+    if (dev->lost) {
+        fail(rec, KEEL_ERR_DEVICE_LOST);
+        return;
+    }
+    p->submit_ns = keel_now_ns();
+    if (vk_ok(rec, dev->vk.vkQueueSubmit(dev->queue, 1, &info, p->fence), "a submission")) {
+        p->in_flight = true;
+        dev->n_dispatches += p->n;
+        ++dev->n_submits;
+    }
+}
+
+static void clear_hazards(keel_recorder *rec)
+{
+    rec->written.n = 0;
+    rec->read.n = 0;
+    rec->stages = 0;
+}
+
+static void begin_part(keel_recorder *rec)
+{
+    keel_device *dev = rec->dev;
+    const VkCommandBufferBeginInfo begin = {.sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO,
+                                            .flags = rec->replay ? 0 : VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT};
+    struct part *p = next_part(rec);
+    if (!p) {
+        return;
+    }
+    wait_part(rec, p);
+    for (uint32_t i = 0; i < p->n_pools; ++i) {
+        (void)dev->vk.vkResetDescriptorPool(dev->handle, p->pools[i], 0);
+    }
+    p->pool_at = 0;
+    p->sets_left = p->n_pools ? POOL_SETS : 0;
+    p->n = p->n_entries = 0;
+    p->flops = p->bytes = 0;
+    p->est_ns = 0.0;
+    rec->bound = VK_NULL_HANDLE;
+    clear_hazards(rec);
+    if (rec->status != KEEL_OK || !vk_ok(rec, dev->vk.vkBeginCommandBuffer(p->cmd, &begin), "starting to record")) {
+        return;
+    }
+    if (p->queries) {
+        dev->vk.vkCmdResetQueryPool(p->cmd, p->queries, 0, rec->profile ? PROFILE_MOST + 1 : 2);
+        dev->vk.vkCmdWriteTimestamp(p->cmd, VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, p->queries, 0);
+    }
+    rec->open = p;
+}
+
+// Ends the open part. What it wrote becomes visible to all later work and to the host, so every part starts with no hazard.
+static void end_part(keel_recorder *rec)
+{
+    keel_device *dev = rec->dev;
+    struct part *p = rec->open;
+    const VkMemoryBarrier all = {
+        .sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER, .srcAccessMask = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT,
+        .dstAccessMask = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_READ_BIT
+            | VK_ACCESS_TRANSFER_WRITE_BIT | VK_ACCESS_HOST_READ_BIT};
+    rec->open = NULL;
+    if (!p) {
+        return;
+    }
+    dev->vk.vkCmdPipelineBarrier(p->cmd, COMPUTE | TRANSFER, COMPUTE | TRANSFER | VK_PIPELINE_STAGE_HOST_BIT, 0, 1, &all, 0, NULL,
+                                 0, NULL);
+    if (p->queries && !rec->profile) {
+        dev->vk.vkCmdWriteTimestamp(p->cmd, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, p->queries, 1);
+    }
+    if (vk_ok(rec, dev->vk.vkEndCommandBuffer(p->cmd), "ending a recording") && rec->status == KEEL_OK && !rec->replay) {
+        submit_part(rec, p);
+    }
+}
+
+// Makes sure a part is open that may take work of this cost; cuts where the open one has enough.
+static bool prepare(keel_recorder *rec, uint64_t flops, uint64_t bytes)
+{
+    const double est = estimate(rec->dev, flops, bytes, 1);
+    struct part *p = rec->open;
+    if (rec->status != KEEL_OK) {
+        return false;
+    }
+    if (rec->ended) {
+        KEEL_ERROR(rec->dev->log, "recording into a list that was already submitted for replay; reset the recorder first");
+        fail(rec, KEEL_ERR_ARG);
+        return false;
+    }
+    if (p && p->n > 0 && (p->est_ns + est > TARGET_NS || (rec->profile && p->n_entries == PROFILE_MOST))) {
+        end_part(rec);
+    }
+    if (rec->status == KEEL_OK && !rec->open) {
+        begin_part(rec);
+    }
+    return rec->status == KEEL_OK && rec->open;
+}
+
+// Books a command that was just recorded.
+static void book(keel_recorder *rec, const char *label, uint64_t flops, uint64_t bytes)
+{
+    struct part *p = rec->open;
+    p->est_ns += estimate(rec->dev, flops, bytes, 1);
+    p->flops += flops;
+    p->bytes += bytes;
+    ++p->n;
+    if (!rec->profile) {
+        return;
+    }
+    if (p->n_entries == p->cap_entries) {
+        const uint32_t cap = p->cap_entries ? 2 * p->cap_entries : 128;
+        struct entry *e = realloc(p->entries, cap * sizeof(*e));
+        if (!e) {
+            KEEL_ERROR(rec->dev->log, "out of host memory while recording");
+            fail(rec, KEEL_ERR_NO_MEMORY);
+            return;
+        }
+        p->entries = e;
+        p->cap_entries = cap;
+    }
+    p->entries[p->n_entries++] = (struct entry){.label = label, .flops = flops, .bytes = bytes};
+    if (p->queries) {
+        rec->dev->vk.vkCmdWriteTimestamp(p->cmd, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, p->queries, p->n_entries);
+    }
+}
+
+// --- barriers ------------------------------------------------------------------------------------
+
+static struct range range_of(struct keel_span s)
+{
+    return (struct range){.block = s.block, .lo = s.offset, .hi = s.offset + s.bytes};
+}
+
+static bool overlaps(const struct range_list *l, struct range r)
+{
+    for (uint32_t i = 0; i < l->n; ++i) {
+        if (l->items[i].block == r.block && l->items[i].lo < r.hi && r.lo < l->items[i].hi) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void remember(struct range_list *l, struct range r)
+{
+    if (l->n > 0) {
+        const struct range *last = &l->items[l->n - 1];
+        if (last->block == r.block && last->lo == r.lo && last->hi == r.hi) {
+            return;
+        }
+    }
+    l->items[l->n++] = r;
+}
+
+// Orders the coming command after all recorded before it, if it reads what they wrote (RAW) or writes what they wrote or
+// read (WAW, WAR); and remembers its own ranges.
+static void order(keel_recorder *rec, const struct keel_bind *binds, uint32_t n, VkPipelineStageFlags stage)
+{
+    bool hazard = rec->written.n + n > HAZARDS_MOST || rec->read.n + n > HAZARDS_MOST;
+    for (uint32_t i = 0; i < n && !hazard; ++i) {
+        const struct range r = range_of(binds[i].span);
+        hazard = overlaps(&rec->written, r) || (binds[i].access != KEEL_READ && overlaps(&rec->read, r));
+    }
+    if (hazard && rec->stages) {
+        const VkMemoryBarrier barrier = {
+            .sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER,
+            .srcAccessMask = (rec->stages & COMPUTE ? VK_ACCESS_SHADER_WRITE_BIT : 0)
+                | (rec->stages & TRANSFER ? VK_ACCESS_TRANSFER_WRITE_BIT : 0),
+            .dstAccessMask = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_READ_BIT
+                | VK_ACCESS_TRANSFER_WRITE_BIT};
+        rec->dev->vk.vkCmdPipelineBarrier(rec->open->cmd, rec->stages, COMPUTE | TRANSFER, 0, 1, &barrier, 0, NULL, 0, NULL);
+        ++rec->dev->n_barriers;
+        clear_hazards(rec);
+    }
+    for (uint32_t i = 0; i < n; ++i) {
+        const struct range r = range_of(binds[i].span);
+        if (binds[i].access != KEEL_READ) {
+            remember(&rec->written, r);
+        }
+        if (binds[i].access != KEEL_WRITE) {
+            remember(&rec->read, r);
+        }
+    }
+    rec->stages |= stage;
+}
+
+// --- dispatches ----------------------------------------------------------------------------------
+
+static keel_status check_binds(keel_device *dev, const struct keel_dispatch *d)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_caps *c = &dev->caps;
+    for (uint32_t i = 0; i < d->n_bind; ++i) {
+        const struct keel_span s = d->bind[i].span;
+        if (!s.block || s.bytes == 0 || s.offset > s.block->bytes || s.bytes > s.block->bytes - s.offset) {
+            KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): binding %" PRIu32 " is %s", d->label, d->shader->name, i,
+                      !s.block || s.bytes == 0 ? "empty" : "larger than its memory");
+        }
+        if (s.offset % c->offset_align != 0 || s.bytes > c->max_range) {
+            KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): binding %" PRIu32 " at offset %" PRIu64 " with %" PRIu64 " bytes; %s wants "
+                      "a multiple of %" PRIu32 " and at most %" PRIu64 " bytes", d->label, d->shader->name, i, s.offset, s.bytes, c->name,
+                      c->offset_align, c->max_range);
+        }
+    }
+    if (d->groups[0] > c->max_groups || d->groups[1] > GROUPS_MOST || d->groups[2] > GROUPS_MOST) {
+        KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): a grid of %" PRIu32 " x %" PRIu32 " x %" PRIu32 " workgroups is above what %s "
+                  "takes, %" PRIu32 " in x; split the work or fold it into y", d->label, d->shader->name, d->groups[0], d->groups[1],
+                  d->groups[2], c->name, c->max_groups);
+    }
+out:
+    return st;
+}
+
+static VkDescriptorSet new_set(keel_recorder *rec, uint32_t n_bind)
+{
+    keel_device *dev = rec->dev;
+    struct part *p = rec->open;
+    VkDescriptorSet set = VK_NULL_HANDLE;
+    if (p->sets_left == 0 && p->pool_at + 1 < p->n_pools) {
+        ++p->pool_at;
+        p->sets_left = POOL_SETS;
+    } else if (p->sets_left == 0) {
+        const VkDescriptorPoolSize size = {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * KEEL_MAX_BINDS};
+        const VkDescriptorPoolCreateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = POOL_SETS,
+                                                 .poolSizeCount = 1, .pPoolSizes = &size};
+        VkDescriptorPool *pools = realloc(p->pools, (p->n_pools + 1) * sizeof(VkDescriptorPool));
+        if (!pools) {
+            KEEL_ERROR(dev->log, "out of host memory while recording");
+            fail(rec, KEEL_ERR_NO_MEMORY);
+            return VK_NULL_HANDLE;
+        }
+        p->pools = pools;
+        if (!vk_ok(rec, dev->vk.vkCreateDescriptorPool(dev->handle, &info, NULL, &p->pools[p->n_pools]), "making descriptors")) {
+            return VK_NULL_HANDLE;
+        }
+        p->pool_at = p->n_pools++;
+        p->sets_left = POOL_SETS;
+    }
+    const VkDescriptorSetAllocateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_ALLOCATE_INFO,
+                                              .descriptorPool = p->pools[p->pool_at], .descriptorSetCount = 1,
+                                              .pSetLayouts = &dev->pipelines.set_layouts[n_bind]};
+    if (!vk_ok(rec, dev->vk.vkAllocateDescriptorSets(dev->handle, &info, &set), "making descriptors")) {
+        return VK_NULL_HANDLE;
+    }
+    --p->sets_left;
+    return set;
+}
+
+static void write_set(keel_device *dev, VkDescriptorSet set, const struct keel_dispatch *d)
+{
+    VkDescriptorBufferInfo buffers[KEEL_MAX_BINDS];
+    VkWriteDescriptorSet write = {.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .descriptorCount = d->n_bind,
+                                  .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .pBufferInfo = buffers};
+    for (uint32_t i = 0; i < d->n_bind; ++i) {
+        const struct keel_span s = d->bind[i].span;
+        buffers[i] = (VkDescriptorBufferInfo){.buffer = s.block->buffer, .offset = s.offset, .range = s.bytes};
+    }
+    // One write runs over consecutive bindings of one buffer each (Vulkan 1.1, 14.2.4, "consecutive binding updates").
+    dev->vk.vkUpdateDescriptorSets(dev->handle, 1, &write, 0, NULL);
+}
+
+void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
+{
+    keel_device *dev = rec->dev;
+    const struct pipeline *p = NULL;
+    if (rec->status != KEEL_OK || d->groups[0] == 0 || d->groups[1] == 0 || d->groups[2] == 0) {
+        return;
+    }
+    keel_status st = check_binds(dev, d);
+    if (st == KEEL_OK) {
+        st = keel_pipeline_get(dev, d, &p);
+    }
+    if (st == KEEL_OK && (d->push_bytes < p->push_bytes || d->push_bytes > KEEL_MAX_PUSH || d->push_bytes % 4 != 0)) {
+        KEEL_ERROR(dev->log, "%s (shader %s): %" PRIu32 " bytes of push constants given, the shader reads %" PRIu32, d->label,
+                   d->shader->name, d->push_bytes, p->push_bytes);
+        st = KEEL_ERR_ARG;
+    }
+    if (st != KEEL_OK) {
+        fail(rec, st);
+        return;
+    }
+    if (!prepare(rec, d->flops, d->bytes)) {
+        return;
+    }
+    const VkCommandBuffer cmd = rec->open->cmd;
+    if (d->n_bind > 0) {
+        const VkDescriptorSet set = new_set(rec, d->n_bind);
+        if (!set) {
+            return;
+        }
+        write_set(dev, set, d);
+        dev->vk.vkCmdBindDescriptorSets(cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->layout, 0, 1, &set, 0, NULL);
+    }
+    order(rec, d->bind, d->n_bind, COMPUTE);
+    if (rec->bound != p->handle) {
+        dev->vk.vkCmdBindPipeline(cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->handle);
+        rec->bound = p->handle;
+    }
+    if (d->push_bytes > 0) {
+        dev->vk.vkCmdPushConstants(cmd, p->layout, VK_SHADER_STAGE_COMPUTE_BIT, 0, d->push_bytes, d->push);
+    }
+    dev->vk.vkCmdDispatch(cmd, d->groups[0], d->groups[1], d->groups[2]);
+    book(rec, d->label, d->flops, d->bytes);
+}
+
+void keel_record_fill(keel_recorder *rec, struct keel_span dst, uint32_t word)
+{
+    const struct keel_bind bind = {.span = dst, .access = KEEL_WRITE};
+    KEEL_ASSERT(dst.offset % 4 == 0 && dst.bytes % 4 == 0);
+    if (dst.bytes == 0 || !prepare(rec, 0, dst.bytes)) {
+        return;
+    }
+    order(rec, &bind, 1, TRANSFER);
+    rec->dev->vk.vkCmdFillBuffer(rec->open->cmd, dst.block->buffer, dst.offset, dst.bytes, word);
+    book(rec, "fill", 0, dst.bytes);
+}
+
+void keel_record_copy(keel_recorder *rec, struct keel_span dst, struct keel_span src)
+{
+    const struct keel_bind binds[] = {{.span = src, .access = KEEL_READ}, {.span = dst, .access = KEEL_WRITE}};
+    const VkBufferCopy copy = {.srcOffset = src.offset, .dstOffset = dst.offset, .size = src.bytes};
+    KEEL_ASSERT(dst.bytes == src.bytes);
+    if (src.bytes == 0 || !prepare(rec, 0, 2 * src.bytes)) {
+        return;
+    }
+    order(rec, binds, 2, TRANSFER);
+    rec->dev->vk.vkCmdCopyBuffer(rec->open->cmd, src.block->buffer, dst.block->buffer, 1, &copy);
+    book(rec, "copy", 0, 2 * src.bytes);
 }
 
 // --- life ----------------------------------------------------------------------------------------
@@ -79,48 +561,29 @@ uint64_t keel_recorder_quantum(const keel_recorder *rec)
 keel_status keel_recorder_create(keel_recorder **out, keel_device *dev, const struct keel_recorder_params *params)
 {
     keel_status st = KEEL_OK;
-    keel_recorder *r = calloc(1, sizeof *r);
+    keel_recorder *rec = NULL;
     *out = NULL;
-    if (!r) {
-        KEEL_FAIL(dev->log, KEEL_ERR_NO_MEMORY, "out of memory for a list of device work");
+    rec = calloc(1, sizeof(*rec));
+    if (!rec) {
+        KEEL_FAIL(dev->log, KEEL_ERR_NO_MEMORY, "out of host memory for a recorder");
     }
-    r->dev = dev;
-    r->replay = params && params->replay;
-    r->profiled = dev->profile.on;
-    const VkCommandPoolCreateInfo info = { .sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO,
-                                           .flags = VK_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT,
-                                           .queueFamilyIndex = dev->family };
-    const VkResult res = dev->vk.vkCreateCommandPool(dev->handle, &info, NULL, &r->pool);
-    if (res != VK_SUCCESS) {
-        KEEL_TRY(keel_vk_failed(dev, res, "creating a command pool"));
+    rec->dev = dev;
+    rec->replay = params && params->replay;
+    rec->profile = dev->profile.on;
+    const VkCommandPoolCreateInfo info = {.sType = VK_STRUCTURE_TYPE_COMMAND_POOL_CREATE_INFO,
+                                          .flags = VK_COMMAND_POOL_CREATE_RESET_COMMAND_BUFFER_BIT,
+                                          .queueFamilyIndex = dev->family};
+    const VkResult r = dev->vk.vkCreateCommandPool(dev->handle, &info, NULL, &rec->pool);
+    if (r != VK_SUCCESS) {
+        rec->pool = VK_NULL_HANDLE;
+        st = keel_vk_failed(dev, r, "making a command pool");
+        goto out;
     }
-    *out = r;
-    r = NULL;
+    *out = rec;
+    rec = NULL;
 out:
-    free(r);
+    free(rec);
     return st;
-}
-
-void keel_recorder_destroy(keel_recorder **prec)
-{
-    keel_recorder *r = prec ? *prec : NULL;
-    if (!r) {
-        return;
-    }
-    keel_recorder_wait(r);
-    for (uint32_t i = 0; i < r->n_seg; i++) {
-        r->dev->vk.vkDestroyFence(r->dev->handle, r->seg[i]->fence, NULL);
-        r->dev->vk.vkDestroyQueryPool(r->dev->handle, r->seg[i]->queries, NULL);
-        free(r->seg[i]);
-    }
-    for (uint32_t i = 0; i < r->n_sets; i++) {
-        r->dev->vk.vkDestroyDescriptorPool(r->dev->handle, r->sets[i], NULL);
-    }
-    r->dev->vk.vkDestroyCommandPool(r->dev->handle, r->pool, NULL); // frees the command buffers
-    free(r->seg);
-    free(r->sets);
-    free(r);
-    *prec = NULL;
 }
 
 keel_device *keel_recorder_device(const keel_recorder *rec)
@@ -130,416 +593,78 @@ keel_device *keel_recorder_device(const keel_recorder *rec)
 
 void keel_recorder_fail(keel_recorder *rec, keel_status status)
 {
-    if (rec->st == KEEL_OK) {
-        rec->st = status;
+    fail(rec, status);
+}
+
+static void wait_all(keel_recorder *rec)
+{
+    // Oldest first, so that each time is counted from the end of the one before.
+    const uint32_t first = !rec->replay && rec->n_parts == MAX_IN_FLIGHT ? rec->used % MAX_IN_FLIGHT : 0;
+    for (uint32_t i = 0; i < rec->n_parts; ++i) {
+        wait_part(rec, rec->parts[(first + i) % rec->n_parts]);
     }
 }
 
-static bool check(keel_recorder *r, VkResult res, const char *what)
+static void submit_list(keel_recorder *rec)
 {
-    if (res != VK_SUCCESS) {
-        keel_recorder_fail(r, keel_vk_failed(r->dev, res, what));
-    }
-    return res == VK_SUCCESS;
-}
-
-// --- segments ------------------------------------------------------------------------------------
-
-static bool new_segment(keel_recorder *r)
-{
-    keel_device *dev = r->dev;
-    struct segment *s = calloc(1, sizeof *s);
-    if (s && r->n_seg == r->cap_seg) {
-        const uint32_t cap = KEEL_MAX(r->cap_seg * 2, 8u);
-        struct segment **p = realloc(r->seg, cap * sizeof *p);
-        if (p) {
-            r->seg = p;
-            r->cap_seg = cap;
-        }
-    }
-    if (!s || r->n_seg == r->cap_seg) {
-        free(s);
-        KEEL_ERROR(dev->log, "out of memory for a list of device work");
-        keel_recorder_fail(r, KEEL_ERR_NO_MEMORY);
-        return false;
-    }
-    r->seg[r->n_seg++] = s;
-    const VkCommandBufferAllocateInfo alloc = { .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_ALLOCATE_INFO, .commandPool = r->pool,
-                                                .level = VK_COMMAND_BUFFER_LEVEL_PRIMARY, .commandBufferCount = 1 };
-    const VkFenceCreateInfo fence = { .sType = VK_STRUCTURE_TYPE_FENCE_CREATE_INFO };
-    const VkQueryPoolCreateInfo query = { .sType = VK_STRUCTURE_TYPE_QUERY_POOL_CREATE_INFO,
-                                          .queryType = VK_QUERY_TYPE_TIMESTAMP, .queryCount = QUERIES_PER_SEGMENT };
-    return check(r, dev->vk.vkAllocateCommandBuffers(dev->handle, &alloc, &s->cmd), "allocating a command buffer") &&
-           check(r, dev->vk.vkCreateFence(dev->handle, &fence, NULL, &s->fence), "creating a fence") &&
-           (!r->profiled || !dev->caps.timestamps ||
-            check(r, dev->vk.vkCreateQueryPool(dev->handle, &query, NULL, &s->queries), "creating timestamps"));
-}
-
-static void barrier(keel_recorder *r, VkCommandBuffer cmd)
-{
-    const VkAccessFlags all = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_READ_BIT |
-                              VK_ACCESS_TRANSFER_WRITE_BIT;
-    const VkPipelineStageFlags stages = VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT;
-    const VkMemoryBarrier mb = { .sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER,
-                                 .srcAccessMask = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT,
-                                 .dstAccessMask = all };
-    r->dev->vk.vkCmdPipelineBarrier(cmd, stages, stages, 0, 1, &mb, 0, NULL, 0, NULL);
-    r->dev->n_barriers++;
-    r->n_reads = r->n_writes = 0;
-}
-
-// Begins recording into the next segment if none is open.
-static struct segment *open_segment(keel_recorder *r)
-{
-    if (r->recording) {
-        return r->seg[r->open];
-    }
-    if (r->open == r->n_seg && !new_segment(r)) {
-        return NULL;
-    }
-    struct segment *s = r->seg[r->open];
-    const VkCommandBufferBeginInfo begin = { .sType = VK_STRUCTURE_TYPE_COMMAND_BUFFER_BEGIN_INFO,
-                                             .flags = r->replay ? 0 : VK_COMMAND_BUFFER_USAGE_ONE_TIME_SUBMIT_BIT };
-    s->flops = s->bytes = 0;
-    s->n = s->n_timed = 0;
-    if (!check(r, r->dev->vk.vkBeginCommandBuffer(s->cmd, &begin), "beginning a command buffer")) {
-        return NULL;
-    }
-    if (s->queries) {
-        r->dev->vk.vkCmdResetQueryPool(s->cmd, s->queries, 0, QUERIES_PER_SEGMENT);
-    }
-    r->recording = true;
-    barrier(r, s->cmd); // work of earlier submissions is ordered, not yet visible
-    return s;
-}
-
-static void submit_segment(keel_recorder *r, struct segment *s)
-{
-    keel_device *dev = r->dev;
-    const VkSubmitInfo info = { .sType = VK_STRUCTURE_TYPE_SUBMIT_INFO, .commandBufferCount = 1, .pCommandBuffers = &s->cmd };
-    s->submitted_ns = keel_now_ns();
-    if (check(r, dev->vk.vkQueueSubmit(dev->queue, 1, &info, s->fence), "submitting work")) {
-        s->in_flight = true;
-        dev->n_submits++;
+    for (uint32_t i = 0; i < rec->used && rec->status == KEEL_OK; ++i) {
+        submit_part(rec, rec->parts[i]);
     }
 }
 
-// Ends the open segment; outside replay mode also submits it.
-static void close_segment(keel_recorder *r)
+keel_status keel_recorder_submit(keel_recorder *rec)
 {
-    if (!r->recording) {
+    end_part(rec);
+    if (rec->replay && !rec->ended && rec->status == KEEL_OK) {
+        rec->ended = true;
+        submit_list(rec);
+    }
+    return rec->status;
+}
+
+keel_status keel_recorder_wait(keel_recorder *rec)
+{
+    wait_all(rec);
+    return rec->status;
+}
+
+keel_status keel_recorder_replay(keel_recorder *rec)
+{
+    if (!rec->replay || !rec->ended) {
+        KEEL_ERROR(rec->dev->log, "replay needs a recorder made for it, and its list submitted once");
+        fail(rec, KEEL_ERR_ARG);
+        return rec->status;
+    }
+    wait_all(rec);
+    submit_list(rec);
+    return rec->status;
+}
+
+void keel_recorder_reset(keel_recorder *rec)
+{
+    if (rec->open) {
+        (void)rec->dev->vk.vkEndCommandBuffer(rec->open->cmd);
+        rec->open = NULL;
+    }
+    wait_all(rec);
+    rec->ended = false;
+    rec->used = 0;
+    rec->status = rec->dev->lost ? KEEL_ERR_DEVICE_LOST : KEEL_OK;
+    clear_hazards(rec);
+}
+
+void keel_recorder_destroy(keel_recorder **prec)
+{
+    keel_recorder *rec = prec ? *prec : NULL;
+    if (!rec) {
         return;
     }
-    struct segment *s = r->seg[r->open];
-    const VkMemoryBarrier mb = { .sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER,
-                                 .srcAccessMask = VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_WRITE_BIT,
-                                 .dstAccessMask = VK_ACCESS_HOST_READ_BIT };
-    r->dev->vk.vkCmdPipelineBarrier(s->cmd, VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT | VK_PIPELINE_STAGE_TRANSFER_BIT,
-                                    VK_PIPELINE_STAGE_HOST_BIT, 0, 1, &mb, 0, NULL, 0, NULL);
-    r->recording = false;
-    if (check(r, r->dev->vk.vkEndCommandBuffer(s->cmd), "ending a command buffer") && !r->replay && r->st == KEEL_OK) {
-        submit_segment(r, s);
+    *prec = NULL;
+    keel_recorder_reset(rec);
+    for (uint32_t i = 0; i < rec->n_parts; ++i) {
+        free_part(rec->dev, rec->parts[i]);
     }
-    r->open++;
-}
-
-static void add_times(keel_recorder *r, struct segment *s)
-{
-    uint64_t ticks[QUERIES_PER_SEGMENT];
-    keel_device *dev = r->dev;
-    const bool timed = s->queries && s->n_timed > 0 &&
-                       dev->vk.vkGetQueryPoolResults(dev->handle, s->queries, 0, 2 * s->n_timed, sizeof ticks, ticks, sizeof *ticks,
-                                                     VK_QUERY_RESULT_64_BIT | VK_QUERY_RESULT_WAIT_BIT) == VK_SUCCESS;
-    for (uint32_t i = 0; i < s->n_timed; i++) {
-        const uint64_t d = timed ? (ticks[2 * i + 1] - ticks[2 * i]) & dev->timestamp_mask : 0;
-        keel_profile_add(dev, s->timed[i].label, (uint64_t)((double)d * dev->caps.timestamp_ns), s->timed[i].flops,
-                         s->timed[i].bytes);
-    }
-}
-
-// Waits for a segment, keeps the books. `previous_done`: when the one before was seen done.
-static uint64_t finish_segment(keel_recorder *r, struct segment *s, uint64_t previous_done)
-{
-    if (!s->in_flight) {
-        return previous_done;
-    }
-    s->in_flight = false;
-    const keel_status st = keel_wait_fence(r->dev, s->fence, "work on the device");
-    const uint64_t now = keel_now_ns();
-    if (st != KEEL_OK) {
-        keel_recorder_fail(r, st);
-        return now;
-    }
-    check(r, r->dev->vk.vkResetFences(r->dev->handle, 1, &s->fence), "resetting a fence");
-    // It ran from when it was handed in, or from when the one before it ended.
-    const uint64_t ns = now - KEEL_MAX(s->submitted_ns, previous_done);
-    r->dev->longest_ns = KEEL_MAX(r->dev->longest_ns, ns);
-    learn(r->dev, s, ns);
-    add_times(r, s);
-    return now;
-}
-
-// Keeps at most MAX_IN_FLIGHT - 1 submissions waiting before the next one is recorded.
-static void throttle(keel_recorder *r)
-{
-    static const uint32_t keep = MAX_IN_FLIGHT - 1;
-    uint64_t done = 0;
-    while (!r->replay && r->open - r->first > keep) {
-        done = finish_segment(r, r->seg[r->first], done);
-        r->first++;
-    }
-}
-
-// --- hazards -------------------------------------------------------------------------------------
-
-static bool overlaps(const struct touched *list, uint32_t n, struct keel_span s)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        if (list[i].block == s.block && list[i].begin < s.offset + s.bytes && s.offset < list[i].end) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void remember(struct touched *list, uint32_t *n, struct keel_span s)
-{
-    for (uint32_t i = 0; i < *n; i++) { // the same tensor is read again and again
-        if (list[i].block == s.block && list[i].begin == s.offset && list[i].end == s.offset + s.bytes) {
-            return;
-        }
-    }
-    list[(*n)++] = (struct touched){ s.block, s.offset, s.offset + s.bytes };
-}
-
-// Puts a barrier before a command that uses `binds`, if it needs one, and remembers its use.
-static void order(keel_recorder *r, VkCommandBuffer cmd, const struct keel_bind *binds, uint32_t n)
-{
-    bool hazard = r->n_reads + n > MAX_TOUCHED || r->n_writes + n > MAX_TOUCHED;
-    for (uint32_t i = 0; i < n && !hazard; i++) {
-        hazard = overlaps(r->writes, r->n_writes, binds[i].span) ||
-                 (binds[i].access != KEEL_READ && overlaps(r->reads, r->n_reads, binds[i].span));
-    }
-    if (hazard) {
-        barrier(r, cmd);
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        if (binds[i].access != KEEL_WRITE) {
-            remember(r->reads, &r->n_reads, binds[i].span);
-        }
-        if (binds[i].access != KEEL_READ) {
-            remember(r->writes, &r->n_writes, binds[i].span);
-        }
-    }
-}
-
-// --- commands ------------------------------------------------------------------------------------
-
-// A new descriptor set of `n` storage buffers.
-static VkDescriptorSet new_set(keel_recorder *r, uint32_t n)
-{
-    keel_device *dev = r->dev;
-    VkDescriptorSet set = VK_NULL_HANDLE;
-    if (r->set_used == SETS_PER_POOL) {
-        r->set_pool++;
-        r->set_used = 0;
-    }
-    if (r->set_pool == r->n_sets) {
-        if (r->n_sets == r->cap_sets) {
-            const uint32_t cap = KEEL_MAX(r->cap_sets * 2, 8u);
-            VkDescriptorPool *p = realloc(r->sets, cap * sizeof *p);
-            if (!p) {
-                KEEL_ERROR(dev->log, "out of memory for descriptor sets");
-                keel_recorder_fail(r, KEEL_ERR_NO_MEMORY);
-                return VK_NULL_HANDLE;
-            }
-            r->sets = p;
-            r->cap_sets = cap;
-        }
-        const VkDescriptorPoolSize size = { VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, SETS_PER_POOL * KEEL_MAX_BINDS };
-        const VkDescriptorPoolCreateInfo info = { .sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = SETS_PER_POOL,
-                                                  .poolSizeCount = 1, .pPoolSizes = &size };
-        if (!check(r, dev->vk.vkCreateDescriptorPool(dev->handle, &info, NULL, &r->sets[r->n_sets]), "creating a descriptor pool")) {
-            return VK_NULL_HANDLE;
-        }
-        r->n_sets++;
-    }
-    const VkDescriptorSetAllocateInfo alloc = { .sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_ALLOCATE_INFO,
-                                                .descriptorPool = r->sets[r->set_pool], .descriptorSetCount = 1,
-                                                .pSetLayouts = &dev->pipelines.set_layouts[n] };
-    if (check(r, dev->vk.vkAllocateDescriptorSets(dev->handle, &alloc, &set), "allocating a descriptor set")) {
-        r->set_used++;
-    }
-    return set;
-}
-
-static bool bind_fits(keel_recorder *r, const struct keel_dispatch *d)
-{
-    const struct keel_caps *caps = &r->dev->caps;
-    for (uint32_t i = 0; i < d->n_bind; i++) {
-        const struct keel_span s = d->bind[i].span;
-        if (!s.block || s.bytes == 0 || s.bytes > caps->max_range || s.offset % caps->offset_align != 0 ||
-            s.offset + s.bytes > s.block->bytes) {
-            KEEL_ERROR(r->dev->log, "%s: binding %u (%llu bytes at %llu) does not fit the device's limit of %llu bytes", d->label, i,
-                       (unsigned long long)s.bytes, (unsigned long long)s.offset, (unsigned long long)caps->max_range);
-            keel_recorder_fail(r, KEEL_ERR_ARG);
-            return false;
-        }
-    }
-    if (d->groups[0] > caps->max_groups || d->groups[1] > 65535 || d->groups[2] > 65535) {
-        KEEL_ERROR(r->dev->log, "%s: %u x %u x %u workgroups are more than the device takes", d->label, d->groups[0], d->groups[1],
-                   d->groups[2]);
-        keel_recorder_fail(r, KEEL_ERR_ARG);
-        return false;
-    }
-    return true;
-}
-
-// Ends the segment if this much more work would make it too long. The first of a list is kept short.
-static void cut(keel_recorder *r, uint64_t flops, uint64_t bytes)
-{
-    if (!r->recording) {
-        return;
-    }
-    const struct segment *s = r->seg[r->open];
-    const double limit = r->open == 0 && !r->replay ? FIRST_NS : TARGET_NS;
-    if (s->n > 0 && (estimate_ns(r->dev, s->flops + flops, s->bytes + bytes) > limit ||
-                     (s->queries && s->n_timed == QUERIES_PER_SEGMENT / 2))) {
-        close_segment(r);
-        throttle(r);
-    }
-}
-
-static void count(struct segment *s, keel_recorder *r, const struct keel_dispatch *d)
-{
-    s->flops += d->flops;
-    s->bytes += d->bytes;
-    s->n++;
-    r->dev->n_dispatches++;
-}
-
-void keel_record(keel_recorder *r, const struct keel_dispatch *d)
-{
-    const struct pipeline *p;
-    keel_device *dev = r->dev;
-    if (r->st != KEEL_OK || d->groups[0] == 0 || d->groups[1] == 0 || d->groups[2] == 0 || !bind_fits(r, d)) {
-        return;
-    }
-    const keel_status st = keel_pipeline_get(dev, d, &p);
-    if (st != KEEL_OK) {
-        keel_recorder_fail(r, st);
-        return;
-    }
-    cut(r, d->flops, d->bytes);
-    struct segment *s = open_segment(r);
-    const VkDescriptorSet set = s ? new_set(r, d->n_bind) : VK_NULL_HANDLE;
-    if (!set) {
-        return;
-    }
-    VkDescriptorBufferInfo info[KEEL_MAX_BINDS];
-    VkWriteDescriptorSet write[KEEL_MAX_BINDS];
-    for (uint32_t i = 0; i < d->n_bind; i++) {
-        info[i] = (VkDescriptorBufferInfo){ d->bind[i].span.block->buffer, d->bind[i].span.offset, d->bind[i].span.bytes };
-        write[i] = (VkWriteDescriptorSet){ .sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .dstBinding = i,
-                                           .descriptorCount = 1, .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
-                                           .pBufferInfo = &info[i] };
-    }
-    dev->vk.vkUpdateDescriptorSets(dev->handle, d->n_bind, write, 0, NULL);
-    order(r, s->cmd, d->bind, d->n_bind);
-    dev->vk.vkCmdBindPipeline(s->cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->handle);
-    dev->vk.vkCmdBindDescriptorSets(s->cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->layout, 0, 1, &set, 0, NULL);
-    if (d->push_bytes > 0) {
-        dev->vk.vkCmdPushConstants(s->cmd, p->layout, VK_SHADER_STAGE_COMPUTE_BIT, 0, d->push_bytes, d->push);
-    }
-    if (s->queries) {
-        dev->vk.vkCmdWriteTimestamp(s->cmd, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, s->queries, 2 * s->n_timed);
-    }
-    dev->vk.vkCmdDispatch(s->cmd, d->groups[0], d->groups[1], d->groups[2]);
-    if (s->queries) {
-        dev->vk.vkCmdWriteTimestamp(s->cmd, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, s->queries, 2 * s->n_timed + 1);
-    }
-    if (r->profiled && s->n_timed < QUERIES_PER_SEGMENT / 2) {
-        s->timed[s->n_timed++] = (struct keel_profile_row){ .label = d->label, .flops = d->flops, .bytes = d->bytes };
-    }
-    count(s, r, d);
-}
-
-void keel_record_fill(keel_recorder *r, struct keel_span dst, uint32_t word)
-{
-    const struct keel_bind bind = { dst, KEEL_WRITE };
-    const struct keel_dispatch cost = { .bytes = dst.bytes };
-    if (r->st != KEEL_OK || dst.bytes == 0) {
-        return;
-    }
-    cut(r, 0, dst.bytes);
-    struct segment *s = open_segment(r);
-    if (s) {
-        order(r, s->cmd, &bind, 1);
-        r->dev->vk.vkCmdFillBuffer(s->cmd, dst.block->buffer, dst.offset, dst.bytes / 4 * 4, word);
-        count(s, r, &cost);
-    }
-}
-
-void keel_record_copy(keel_recorder *r, struct keel_span dst, struct keel_span src)
-{
-    const struct keel_bind bind[2] = { { src, KEEL_READ }, { dst, KEEL_WRITE } };
-    const struct keel_dispatch cost = { .bytes = 2 * dst.bytes };
-    if (r->st != KEEL_OK || dst.bytes == 0) {
-        return;
-    }
-    KEEL_ASSERT(dst.bytes == src.bytes);
-    cut(r, 0, cost.bytes);
-    struct segment *s = open_segment(r);
-    if (s) {
-        const VkBufferCopy region = { src.offset, dst.offset, dst.bytes };
-        order(r, s->cmd, bind, 2);
-        r->dev->vk.vkCmdCopyBuffer(s->cmd, src.block->buffer, dst.block->buffer, 1, &region);
-        count(s, r, &cost);
-    }
-}
-
-// --- running -------------------------------------------------------------------------------------
-
-keel_status keel_recorder_submit(keel_recorder *r)
-{
-    close_segment(r);
-    return r->replay ? keel_recorder_replay(r) : r->st;
-}
-
-keel_status keel_recorder_replay(keel_recorder *r)
-{
-    for (uint32_t i = 0; i < r->open && r->st == KEEL_OK; i++) {
-        submit_segment(r, r->seg[i]);
-    }
-    return r->st;
-}
-
-keel_status keel_recorder_wait(keel_recorder *r)
-{
-    uint64_t done = 0;
-    for (uint32_t i = r->replay ? 0 : r->first; i < r->open; i++) {
-        done = finish_segment(r, r->seg[i], done);
-    }
-    if (!r->replay && !r->recording) { // all is done: command buffers and sets are free for a new list
-        for (uint32_t i = 0; i < r->n_sets; i++) {
-            r->dev->vk.vkResetDescriptorPool(r->dev->handle, r->sets[i], 0);
-        }
-        r->first = r->open = r->set_pool = r->set_used = 0;
-    }
-    return r->st;
-}
-
-void keel_recorder_reset(keel_recorder *r)
-{
-    if (r->recording) {
-        r->dev->vk.vkEndCommandBuffer(r->seg[r->open]->cmd);
-        r->recording = false;
-    }
-    keel_recorder_wait(r);
-    for (uint32_t i = 0; i < r->n_sets; i++) {
-        r->dev->vk.vkResetDescriptorPool(r->dev->handle, r->sets[i], 0);
-    }
-    r->first = r->open = r->set_pool = r->set_used = 0;
-    r->n_reads = r->n_writes = 0;
-    r->st = KEEL_OK;
+    rec->dev->vk.vkDestroyCommandPool(rec->dev->handle, rec->pool, NULL);
+    free(rec->parts);
+    free(rec);
 }
