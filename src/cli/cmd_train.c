@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT
+// cli/cmd_train.c: LoRA training from the command line.
+#include "cli.h"
+#include "commands.h"
+
+#include <keel/train.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+struct train_args {
+    struct common common;
+    struct arg_list data;
+    const char *out, *targets, *schedule, *optimizer, *init_adapter, *resume, *log;
+    uint32_t rank, warmup, batch, accum, seq_len;
+    uint64_t steps, seed, save_every;
+    double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip;
+    bool no_shuffle, json;
+};
+
+struct train_progress {
+    struct progress line;
+    uint64_t tokens;
+    uint64_t start_ns;
+};
+
+static bool on_step(void *user, const struct keel_step_info *info)
+{
+    struct train_progress *p = user;
+    char extra[96];
+    if (p->start_ns == 0) {
+        p->start_ns = now_ns() - (uint64_t)(info->seconds * 1e9);
+        // The rate counts from before the first step, so that a single step has one.
+        p->line.start_ns = p->start_ns;
+        p->line.done0 = info->step - 1;
+    }
+    p->tokens += info->tokens;
+    const double seconds = (double)(now_ns() - p->start_ns) * 1e-9;
+    snprintf(extra, sizeof extra, "loss %.4f, grad norm %.3g, %.3g tokens/s", info->loss, info->grad_norm,
+             seconds > 0 ? (double)p->tokens / seconds : 0);
+    progress_show(&p->line, info->step, info->n_steps, extra);
+    return !stop_asked();
+}
+
+static bool parse_data(const struct train_args *a, struct keel_train_data *data)
+{
+    for (size_t i = 0; i < a->data.n; i++) {
+        double weight = 1.0;
+        size_t len;
+        if (!args_split_number(a->data.at[i], &len, &weight) || weight <= 0 || weight > 1e9) {
+            fprintf(stderr, "keel train: --data %s: the weight after the colon must be above 0\n", a->data.at[i]);
+            return false;
+        }
+        data[i].path = strndup(a->data.at[i], len);
+        data[i].weight = (float)weight;
+        if (!data[i].path) {
+            fprintf(stderr, "keel train: out of memory\n");
+            return false;
+        }
+    }
+    return true;
+}
+
+static void print_result(const struct context *c, const struct train_args *a, const struct keel_train_result *r)
+{
+    if (a->json) {
+        print_json(stdout, json_pack("{s:s, s:I, s:f, s:f, s:I, s:f, s:I, s:I}", "out", a->out, "steps", (json_int_t)r->steps,
+                                     "first_loss", r->first_loss, "last_loss", r->last_loss, "tokens", (json_int_t)r->tokens,
+                                     "seconds", r->seconds, "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params));
+        return;
+    }
+    say(c, KEEL_LOG_INFO, "%llu steps in %.1f s, loss %.4f to %.4f, %.1f tokens/s; adapter: %s", (unsigned long long)r->steps,
+        r->seconds, r->first_loss, r->last_loss, r->seconds > 0 ? (double)r->tokens / r->seconds : 0, a->out);
+}
+
+static int train(const struct train_args *a, const struct keel_train_data *data)
+{
+    struct context c = { 0 };
+    struct keel_train_result result;
+    struct train_progress p = { .line = { .what = "train", .unit = "steps", .off = a->common.quiet } };
+    const struct keel_train_params params = {
+        .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets,
+        .lr = a->lr, .schedule = a->schedule, .warmup = a->warmup, .steps = a->steps, .epochs = a->epochs, .batch = a->batch,
+        .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
+        .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
+        .init_adapter = a->init_adapter, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
+        .log = a->log, .on_step = on_step, .user = &p,
+    };
+    keel_status st = context_load(&c, &a->common);
+    if (st == KEEL_OK) {
+        st = keel_train(c.model, &params, &result);
+        progress_end(&p.line);
+    }
+    if (st == KEEL_OK) {
+        print_result(&c, a, &result);
+    } else if (st == KEEL_INTERRUPTED) {
+        say(&c, KEEL_LOG_ERROR, "interrupted; the same command with --resume %s%s goes on", a->resume ? a->resume : a->out,
+            a->resume ? "" : ".state");
+    }
+    return context_close(&c, st);
+}
+
+static int train_run(const void *args)
+{
+    const struct train_args *a = args;
+    struct keel_train_data *data = calloc(a->data.n, sizeof *data);
+    int code = EXIT_USAGE;
+    if (data && parse_data(a, data)) {
+        code = train(a, data);
+    }
+    for (size_t i = 0; data && i < a->data.n; i++) {
+        free((void *)data[i].path);
+    }
+    free(data);
+    return code;
+}
+
+#define AT(field) offsetof(struct train_args, field)
+static const char *const schedules[] = { "constant", "linear", "cosine", NULL };
+static const char *const optimizers[] = { "adamw", NULL };
+static const struct arg_option options[] = {
+    OPTION_MODEL,
+    { .name = "--data", .type = ARG_LIST, .offset = AT(data), .value = "F[:WEIGHT]", .needed = true,
+      .help = "JSONL rows {\"prompt\", \"completion\", \"eos\"?} or {\"messages\"}; several are mixed by weight" },
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "A", .needed = true,
+      .help = "adapter to write: NAME.gguf, or a folder for PEFT" },
+    { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the result as one JSON object" },
+    { .type = ARG_HEAD, .help = "Adapter" },
+    { .name = "--rank", .type = ARG_U32, .offset = AT(rank), .value = "N", .def = "16", .min = 1, .max = 1024, .help = "LoRA rank" },
+    { .name = "--alpha", .type = ARG_NUM, .offset = AT(alpha), .value = "X", .def = "0", .min = 0, .max = 1e6,
+      .help = "scale is alpha / rank; 0: twice the rank" },
+    { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
+      .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all" },
+    { .name = "--init-adapter", .type = ARG_STR, .offset = AT(init_adapter), .value = "A", .help = "start from this adapter" },
+    { .type = ARG_HEAD, .help = "Steps" },
+    { .name = "--lr", .type = ARG_NUM, .offset = AT(lr), .value = "X", .def = "2e-4", .min = 0, .max = 10, .help = "learning rate" },
+    { .name = "--schedule", .type = ARG_STR, .offset = AT(schedule), .value = "S", .def = "constant", .choice = schedules,
+      .help = "constant, linear or cosine; the last two fall to 0" },
+    { .name = "--warmup", .type = ARG_U32, .offset = AT(warmup), .value = "N", .def = "0", .min = 0, .max = 1e9,
+      .help = "steps of linear rise from 0" },
+    { .name = "--steps", .type = ARG_U64, .offset = AT(steps), .value = "N", .def = "0", .min = 0, .max = 1e12,
+      .help = "optimiser steps; 0: as many as --epochs makes" },
+    { .name = "--epochs", .type = ARG_NUM, .offset = AT(epochs), .value = "X", .def = "1", .min = 0.0001, .max = 1e6,
+      .help = "passes over the data" },
+    { .name = "--batch", .type = ARG_U32, .offset = AT(batch), .value = "N", .def = "4", .min = 1, .max = 1024,
+      .help = "rows a micro-batch" },
+    { .name = "--accum", .type = ARG_U32, .offset = AT(accum), .value = "N", .def = "1", .min = 1, .max = 65536,
+      .help = "micro-batches a step" },
+    { .name = "--seq-len", .type = ARG_U32, .offset = AT(seq_len), .value = "N", .def = "512", .min = 2, .max = 131072,
+      .help = "longest row in tokens; a longer one is an error" },
+    { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "of the order of rows and of A" },
+    { .name = "--no-shuffle", .type = ARG_FLAG, .offset = AT(no_shuffle), .help = "rows in the file's order" },
+    { .type = ARG_HEAD, .help = "Optimiser" },
+    { .name = "--optimizer", .type = ARG_STR, .offset = AT(optimizer), .value = "O", .def = "adamw", .choice = optimizers,
+      .help = "adamw, as torch.optim.AdamW" },
+    { .name = "--beta1", .type = ARG_NUM, .offset = AT(beta1), .value = "X", .def = "0.9", .min = 0, .max = 0.999999, .help = "AdamW" },
+    { .name = "--beta2", .type = ARG_NUM, .offset = AT(beta2), .value = "X", .def = "0.999", .min = 0, .max = 0.9999999, .help = "AdamW" },
+    { .name = "--eps", .type = ARG_NUM, .offset = AT(eps), .value = "X", .def = "1e-8", .min = 0, .max = 1, .help = "AdamW" },
+    { .name = "--weight-decay", .type = ARG_NUM, .offset = AT(weight_decay), .value = "X", .def = "0", .min = 0, .max = 10,
+      .help = "AdamW, decoupled" },
+    { .name = "--grad-clip", .type = ARG_NUM, .offset = AT(grad_clip), .value = "X", .def = "1", .min = 0, .max = 1e9,
+      .help = "longest gradient (L2); 0: any" },
+    { .type = ARG_HEAD, .help = "State and log" },
+    { .name = "--resume", .type = ARG_STR, .offset = AT(resume), .value = "DIR",
+      .help = "keep the state in DIR, and go on from it if there is one; without it OUT.state, afresh" },
+    { .name = "--save-every", .type = ARG_U64, .offset = AT(save_every), .value = "N", .def = "0", .min = 0, .max = 1e12,
+      .help = "steps between states; 0: only at the end and on a stop" },
+    { .name = "--log", .type = ARG_STR, .offset = AT(log), .value = "L.jsonl",
+      .help = "one line a step: step, loss, lr, grad_norm, tokens, seconds" },
+    OPTIONS_DEVICE,
+    OPTIONS_LOG,
+};
+const struct arg_command cmd_train = {
+    .name = "train", .summary = "fine-tune with LoRA on the quantised weights", .usage = "-m MODEL --data F[:WEIGHT]... --out A.gguf [options]",
+    .notes = "The loss is over completions (or assistant turns with their end of turn) only: the mean over the loss tokens of a step.\n"
+             "A completion ends with the end of turn only if its row says \"eos\": true.",
+    .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct train_args), .run = train_run,
+};

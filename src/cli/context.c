@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+// cli/context.c: opens what the common options name, and prints the library's messages.
+#include "cli.h"
+
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+int exit_code(keel_status st)
+{
+    switch (st) {
+    case KEEL_OK: return EXIT_DONE;
+    case KEEL_OVER_BUDGET: return EXIT_BUDGET;
+    default: return EXIT_FAILED;
+    }
+}
+
+static const char *where_file; // row that the messages are about
+static size_t where_line;
+
+void log_at(const char *file, size_t line)
+{
+    where_file = file;
+    where_line = line;
+}
+
+static void write_log(void *user, enum keel_log_level level, const char *text)
+{
+    static const char *const prefix[] = { "", "error: ", "warning: ", "", "" };
+    (void)user;
+    progress_clear();
+    if (where_line) {
+        fprintf(stderr, "%s%s:%zu: %s\n", prefix[level], where_file, where_line, text);
+    } else {
+        fprintf(stderr, "%s%s\n", prefix[level], text);
+    }
+}
+
+keel_log cli_log(const struct common *o)
+{
+    return (keel_log){
+        .level = o->quiet ? KEEL_LOG_ERROR : o->verbose ? KEEL_LOG_DEBUG : KEEL_LOG_INFO,
+        .write = write_log,
+    };
+}
+
+void say(const struct context *c, enum keel_log_level level, const char *fmt, ...)
+{
+    char text[2048];
+    va_list ap;
+    if (level > c->log.level) {
+        return;
+    }
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof text, fmt, ap);
+    va_end(ap);
+    write_log(NULL, level, text);
+}
+
+keel_status context_open_model(struct context *c, const struct common *o)
+{
+    c->log = cli_log(o);
+    return keel_model_open(&c->model, o->model, &c->log);
+}
+
+keel_status context_open_device(struct context *c, const struct common *o)
+{
+    const struct keel_device_params params = {
+        .select = o->device,
+        .profile = o->profile,
+        .validate = o->validate,
+        .memory_limit = o->memory_limit,
+    };
+    c->log = cli_log(o);
+    return keel_device_create(&c->dev, &params, &c->log);
+}
+
+keel_status context_load(struct context *c, const struct common *o)
+{
+    // The model first: a wrong path should not cost the start of a device.
+    keel_status st = context_open_model(c, o);
+    if (st == KEEL_OK) {
+        st = context_open_device(c, o);
+    }
+    if (st == KEEL_OK) {
+        const uint64_t start = now_ns();
+        st = keel_model_load(c->model, c->dev);
+        c->load_ns = now_ns() - start;
+    }
+    return st;
+}
+
+static keel_status add_adapter(struct context *c, const char *text)
+{
+    double scale = 1.0;
+    size_t len;
+    if (!args_split_number(text, &len, &scale)) {
+        say(c, KEEL_LOG_ERROR, "--lora %s: the scale is not a number", text);
+        return KEEL_ERR_ARG;
+    }
+    char *path = strndup(text, len);
+    if (!path) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    const keel_status st = keel_session_add_adapter(c->session, path, (float)scale);
+    free(path);
+    return st;
+}
+
+keel_status context_open_session(struct context *c, const struct common *o, uint32_t n_ctx)
+{
+    const struct keel_session_params params = {
+        .n_ctx = n_ctx ? n_ctx : o->ctx,
+        .n_batch = o->batch_tokens,
+    };
+    keel_status st = keel_session_create(&c->session, c->model, &params);
+    for (size_t i = 0; st == KEEL_OK && i < o->lora.n; i++) {
+        st = add_adapter(c, o->lora.at[i]);
+    }
+    return st;
+}
+
+int context_close(struct context *c, keel_status st)
+{
+    progress_clear();
+    if (st == KEEL_OK && c->dev && keel_device_validation_count(c->dev) > 0) {
+        fprintf(stderr, "error: the validation layer sent %u messages\n", keel_device_validation_count(c->dev));
+        st = KEEL_ERR_DEVICE;
+    }
+    keel_session_destroy(&c->session);
+    keel_model_close(&c->model);
+    keel_device_destroy(&c->dev);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "error: standard output could not be written\n");
+        st = st == KEEL_OK ? KEEL_ERR_IO : st;
+    }
+    return exit_code(st);
+}
