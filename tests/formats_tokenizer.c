@@ -317,6 +317,7 @@ static void test_bad_vocabularies(void **state)
         { .token = A, .text = "a", .score = NAN, .type = 1, .message = "not a number", .want = KEEL_ERR_FORMAT },
         { .token = A, .text = "a", .type = 7, .message = "type 7", .want = KEEL_ERR_FORMAT },
         { .token = A, .text = "a", .type = -1, .message = "type -1", .want = KEEL_ERR_FORMAT },
+        { .token = A, .text = "a\xff", .type = 1, .message = "token 261 is not valid UTF-8", .want = KEEL_ERR_FORMAT },
         { .token = BYTE0 + 1, .text = "<0x+1>", .type = 6, .message = "<0xXX>", .want = KEEL_ERR_FORMAT },
         { .o.no_unk = true, .token = BYTE0 + 0x41, .text = "q", .type = 1, .message = "<0x41>", .want = KEEL_ERR_FORMAT },
     };

@@ -268,6 +268,9 @@ static keel_status read_tokens(keel_tokenizer *tok, struct keel_text *pool, cons
             KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has type %lld; 0 to 6 exist, and 6 is a byte written <0xXX>", file,
                       i, (long long)type);
         }
+        if (!keel_utf8_valid(s, len, NULL)) {
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u is not valid UTF-8", file, i);
+        }
         if (score != score) {
             KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has a score that is not a number", file, i);
         }
