@@ -135,7 +135,7 @@ def test_missing_tensor(keel, tmp_path, name):
 ABSURD = {
     "no-layers": dict(layers=0), "million-layers": dict(layers=1_000_000), "too-many-layers": dict(layers=4), "no-heads": dict(heads=0),
     "no-kv-heads": dict(kv_heads=0), "kv-over-heads": dict(kv_heads=7), "odd-head": dict(head_dim=23), "no-head": dict(head_dim=0),
-    "no-window": dict(window=0), "no-context": dict(context=0), "wide": dict(hidden=1 << 30), "no-width": dict(hidden=0), "no-ff": dict(ff=0),
+    "no-context": dict(context=0), "wide": dict(hidden=1 << 30), "no-width": dict(hidden=0), "no-ff": dict(ff=0),
 }
 
 

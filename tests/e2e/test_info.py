@@ -44,7 +44,7 @@ def test_info_json(keel, model, oracle):
 def test_plan_grows_with_what_it_plans(keel, tiny_a):
     def total(*o):
         j = keel("info", tiny_a, "--json", *o).json
-        plan = j["plan"] if "plan" in j else j
+        plan = j.get("plan_train") or j["plan_run"]
         return plan["device_bytes"] + plan["host_bytes"]
     base = total("--ctx", 256)
     assert total("--ctx", 1024) > base
@@ -83,7 +83,7 @@ def test_peak_memory_is_the_plan(keel, real, tmp_path):
     if "lvp" not in os.environ.get("VK_ICD_FILENAMES", "lvp") and "swiftshader" not in os.environ.get("VK_ICD_FILENAMES", ""):
         pytest.skip("device memory is not part of the process size on this driver")
     j = keel("info", real, "--json", "--ctx", 1, "--rank", 16, "--batch", 2, "--seq-len", 128).json
-    plan = j["plan"] if "plan" in j else j
+    plan = j["plan_train"]
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": texts.LONG[:250], "completion": texts.LONG[250:380]}] * 2)
     p = subprocess.Popen(keel.argv(*train_args(real, data, tmp_path / "a.gguf", steps=1, rank=16, batch=2, seq_len=128)), env=keel.env)
     _, status, usage = os.wait4(p.pid, 0)
