@@ -75,7 +75,8 @@ class Keel:
 
 
 def listing(folder):
-    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*")} if folder else set()
+    """Files below a folder; an empty folder made on the way to an error is no harm."""
+    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()} if folder else set()
 
 
 def write_rows(path, rows):

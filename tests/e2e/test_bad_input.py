@@ -302,7 +302,7 @@ def test_output_cannot_be_created(keel, tiny_c, tmp_path):
     rows = write_rows(tmp_path / "d.jsonl", texts.SCORE[:1])
     for out in (tmp_path / "no" / "such" / "o.jsonl", "/proc/o.jsonl"):
         keel.fails("score", "-m", tiny_c, "--data", rows, "--out", out, says=str(out), leaves=tmp_path)
-    keel.fails(*train_args(tiny_c, rows, "/proc/no/a.gguf", steps=1, rank=2), says="/proc/no/a.gguf", leaves=tmp_path)
+    keel.fails(*train_args(tiny_c, rows, "/proc/no/a.gguf", steps=1, rank=2), says="/proc/no", leaves=tmp_path)
     (tmp_path / "dir").mkdir()
     keel.fails("score", "-m", tiny_c, "--data", rows, "--out", tmp_path / "dir", says="dir", leaves=tmp_path)
     keel.fails(*train_args(tiny_c, rows, tmp_path / "a.gguf", steps=1, rank=2, log=tmp_path / "no" / "l.jsonl"), says="l.jsonl", leaves=tmp_path)
