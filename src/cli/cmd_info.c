@@ -49,8 +49,7 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
         return st;
     }
     if (a->json) {
-        // "plan" is what was asked for: training if a rank was given.
-        json_object_set_new(out, train || a->rank == 0 ? "plan" : "plan_run", plan_json(&plan));
+        json_object_set_new(out, train ? "plan_train" : "plan_run", plan_json(&plan));
         return st;
     }
     if (train) {
