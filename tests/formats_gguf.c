@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_gguf.c: GGUF: what is written is read back; truncated and hostile files are refused with a reason.
+// tests/formats_gguf.c: GGUF: what is written is read back; truncated and hostile files are refused with a
+// reason.
 #include "formats_util.h"
 
 // --- a good file ---------------------------------------------------------------------------------
@@ -57,7 +58,8 @@ static void check_sample(const keel_gguf *g)
     assert_false(keel_gguf_i64(g, "u64", &i));
     assert_true(keel_gguf_f64(g, "f32", &d) && d == 0.5);
     assert_true(keel_gguf_bool(g, "yes", &b) && b);
-    assert_false(keel_gguf_u64(g, "missing", &u) || keel_gguf_u64(g, "f32", &u) || keel_gguf_bool(g, "u32", &b));
+    assert_false(keel_gguf_u64(g, "missing", &u) || keel_gguf_u64(g, "f32", &u) ||
+                 keel_gguf_bool(g, "u32", &b));
     assert_null(keel_gguf_str(g, "u32", NULL));
     assert_true(keel_gguf_array(g, "i32s", &a) && a.n == 3 && keel_gguf_array_int(&a, 0) == -1);
     assert_true(keel_gguf_array(g, "f32s", &a) && a.n == 3 && keel_gguf_array_num(&a, 2) == 3.0);
@@ -71,7 +73,8 @@ static void check_sample(const keel_gguf *g)
     const struct keel_gguf_tensor *ta = keel_gguf_tensor_find(g, "a"), *tb = keel_gguf_tensor_find(g, "b");
     assert_true(ta == keel_gguf_tensor_at(g, 0) && tb == keel_gguf_tensor_at(g, 1));
     assert_null(keel_gguf_tensor_find(g, "c"));
-    assert_true(ta->type == KEEL_Q8_0 && ta->n_dims == 2 && ta->dims[0] == 32 && ta->dims[1] == 2 && ta->dims[2] == 1);
+    assert_true(ta->type == KEEL_Q8_0 && ta->n_dims == 2 && ta->dims[0] == 32 && ta->dims[1] == 2 &&
+                ta->dims[2] == 1);
     assert_true(ta->n_elems == 64 && ta->bytes == 68 && tb->bytes == 12);
     assert_memory_equal(tb->data, ramp, 12);
 }
@@ -139,7 +142,8 @@ static void test_writer_refuses(void **state)
             assert_int_equal(keel_gguf_writer_begin(w, f), KEEL_ERR_ARG);
         } else {
             assert_int_equal(keel_gguf_writer_begin(w, f), KEEL_OK);
-            assert_int_equal(i == 3 ? keel_gguf_writer_end(w) : keel_gguf_writer_data(w, ramp, 8), KEEL_ERR_ARG);
+            assert_int_equal(i == 3 ? keel_gguf_writer_end(w) : keel_gguf_writer_data(w, ramp, 8),
+                             KEEL_ERR_ARG);
             assert_logged(&m, "'t'");
         }
         if (i == 2) {
@@ -282,15 +286,20 @@ static const struct spec cases[] = {
     { "array of arrays", "array of arrays", KEEL_ERR_UNSUPPORTED,
       VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_ARRAY), LE64_SMALL(1), LE32(4), LE64_SMALL(0)) },
     { "array of type 99", "type 99", KEEL_ERR_FORMAT, VALUE(KEEL_GGUF_ARRAY, LE32(99), LE64_SMALL(1), 0) },
-    { "array of 2^64 - 1", "more than fit", KEEL_ERR_FORMAT, VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_F32), LE64_MAX) },
+    { "array of 2^64 - 1", "more than fit", KEEL_ERR_FORMAT,
+      VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_F32), LE64_MAX) },
     { "array of 2^61 + 1 u64, 8 bytes after wrapping", "more than fit", KEEL_ERR_FORMAT,
       VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_U64), 1, 0, 0, 0, 0, 0, 0, 32, LE64_SMALL(1)) },
-    { "array of 2^64 - 1 strings", "more than fit", KEEL_ERR_FORMAT, VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_STR), LE64_MAX) },
+    { "array of 2^64 - 1 strings", "more than fit", KEEL_ERR_FORMAT,
+      VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_STR), LE64_MAX) },
     { "array with a string of 2^64 - 1", "key", KEEL_ERR_FORMAT,
       VALUE(KEEL_GGUF_ARRAY, LE32(KEEL_GGUF_STR), LE64_SMALL(1), LE64_MAX) },
-    { "alignment 33", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment", VALUE(KEEL_GGUF_U32, LE32(33)) },
-    { "alignment 0", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment", VALUE(KEEL_GGUF_U32, LE32(0)) },
-    { "alignment a bool", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment", VALUE(KEEL_GGUF_BOOL, 1) },
+    { "alignment 33", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment",
+      VALUE(KEEL_GGUF_U32, LE32(33)) },
+    { "alignment 0", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment",
+      VALUE(KEEL_GGUF_U32, LE32(0)) },
+    { "alignment a bool", "general.alignment", KEEL_ERR_FORMAT, .key = "general.alignment",
+      VALUE(KEEL_GGUF_BOOL, 1) },
     { "tensor twice", "'first' occurs twice", KEEL_ERR_FORMAT, .name2 = "first" },
     { "tensor name empty", "tensor name", KEEL_ERR_FORMAT, .name2 = "" },
     { "five dimensions", "'first' has 5", KEEL_ERR_FORMAT, .n_dims = 5 },
@@ -340,7 +349,8 @@ static void test_not_gguf(void **state)
     keel_gguf *g;
     (void)state;
     memory_log_init(&m);
-    assert_int_equal(keel_gguf_parse(&g, (const uint8_t *)"PK\3\4 and so on and on", 21, "a.zip", &m.log), KEEL_ERR_FORMAT);
+    assert_int_equal(keel_gguf_parse(&g, (const uint8_t *)"PK\3\4 and so on and on", 21, "a.zip", &m.log),
+                     KEEL_ERR_FORMAT);
     assert_logged(&m, "a.zip: not a GGUF file");
     assert_null(g);
 }
@@ -348,8 +358,9 @@ static void test_not_gguf(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_writer_refuses), cmocka_unit_test(test_truncated),
-        cmocka_unit_test(test_damaged),    cmocka_unit_test(test_hostile),        cmocka_unit_test(test_not_gguf),
+        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_writer_refuses),
+        cmocka_unit_test(test_truncated),  cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_hostile),    cmocka_unit_test(test_not_gguf),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

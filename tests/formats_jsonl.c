@@ -39,7 +39,8 @@ static void test_rows(void **state)
     d = 7;
     assert_true(keel_row_opt_num(&row, "n", &d) == KEEL_OK && d == 7); // null counts as missing
     assert_true(keel_row_opt_int(&row, "i", &i) == KEEL_OK && keel_row_opt_bool(&row, "b", &b) == KEEL_OK);
-    assert_true(keel_row_opt_array(&row, "l", &list) == KEEL_OK && keel_row_opt_str(&row, "s", &s, &len) == KEEL_OK);
+    assert_true(keel_row_opt_array(&row, "l", &list) == KEEL_OK &&
+                keel_row_opt_str(&row, "s", &s, &len) == KEEL_OK);
     json_decref(row.object);
     assert_int_equal(keel_jsonl_next(&r, &row), KEEL_OK);
     assert_null(row.object);
@@ -159,8 +160,9 @@ static void test_truncated(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),        cmocka_unit_test(test_field_errors), cmocka_unit_test(test_bad_lines),
-        cmocka_unit_test(test_nested_deep), cmocka_unit_test(test_truncated),
+        cmocka_unit_test(test_rows),      cmocka_unit_test(test_field_errors),
+        cmocka_unit_test(test_bad_lines), cmocka_unit_test(test_nested_deep),
+        cmocka_unit_test(test_truncated),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

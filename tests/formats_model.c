@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_model.c: a real Gemma 3 GGUF (KEEL_TEST_MODEL; skipped without): every tensor can be dequantised to finite
-// numbers, and its tokenizer gives the ids of tests/data/tokens_gemma3.jsonl (from SentencePiece and llama.cpp).
+// tests/formats_model.c: a real Gemma 3 GGUF (KEEL_TEST_MODEL; skipped without): every tensor can be
+// dequantised to finite numbers, and its tokenizer gives the ids of tests/data/tokens_gemma3.jsonl (from
+// SentencePiece and llama.cpp).
 #include "formats_util.h"
 
 #include "platform.h"
@@ -84,7 +85,8 @@ int main(void)
     if (!path || !path[0]) {
         return 77; // meson: skipped
     }
-    if (keel_map_open(&map, path, NULL) != KEEL_OK || keel_gguf_parse(&model, map.data, map.len_bytes, path, NULL) != KEEL_OK) {
+    if (keel_map_open(&map, path, NULL) != KEEL_OK ||
+        keel_gguf_parse(&model, map.data, map.len_bytes, path, NULL) != KEEL_OK) {
         return 1;
     }
     const int failed = cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_quant.c: block types against vectors that gguf-py computed (tests/data/quant_vectors.py), bit by bit, and
-// bounds on the error of a quantised signal.
+// tests/formats_quant.c: block types against vectors that gguf-py computed (tests/data/quant_vectors.py), bit
+// by bit, and bounds on the error of a quantised signal.
 #include "formats_util.h"
 
 #include "data/quant_vectors.h"
@@ -35,7 +35,8 @@ static void test_dequantize(void **state)
         }
         keel_dequantize(v->type, b, y, N);
         if (hash_floats(y, N) != v->dequantized) {
-            fail_msg("%s: random bytes (seed %u) dequantise differently from gguf-py", keel_dtype_info(v->type)->name, v->seed);
+            fail_msg("%s: random bytes (seed %u) dequantise differently from gguf-py",
+                     keel_dtype_info(v->type)->name, v->seed);
         }
         free(buf);
     }
@@ -66,7 +67,8 @@ static void test_quantize(void **state)
         const struct quant_vector *v = &quant_vectors[i];
         double err = 0, power = 0;
         keel_quantize(v->type, x, b, N);
-        if (v->quantized && keel_hash(KEEL_HASH_INIT, b, (size_t)keel_dtype_bytes(v->type, N)) != v->quantized) {
+        if (v->quantized &&
+            keel_hash(KEEL_HASH_INIT, b, (size_t)keel_dtype_bytes(v->type, N)) != v->quantized) {
             fail_msg("%s: quantises differently from gguf-py", keel_dtype_info(v->type)->name);
         }
         keel_dequantize(v->type, b, y, N);
@@ -75,8 +77,8 @@ static void test_quantize(void **state)
             power += (double)x[k] * (double)x[k];
         }
         if (!(sqrt(err / power) <= v->rmse)) {
-            fail_msg("%s: relative rms error %.5f, at most %.5f expected", keel_dtype_info(v->type)->name, sqrt(err / power),
-                     v->rmse);
+            fail_msg("%s: relative rms error %.5f, at most %.5f expected", keel_dtype_info(v->type)->name,
+                     sqrt(err / power), v->rmse);
         }
     }
     free(x);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_safetensors.c: safetensors: what is written is read back; truncated and hostile files are refused with a reason.
+// tests/formats_safetensors.c: safetensors: what is written is read back; truncated and hostile files are
+// refused with a reason.
 #include "formats_util.h"
 
 static const float values[6] = { 1, -2, 3.5f, 0, 5, 6 };
@@ -11,8 +12,16 @@ static void write_sample(struct keel_text *out)
     size_t len = 0;
     FILE *f = open_memstream(&mem, &len);
     const struct keel_st_tensor tensors[] = {
-        { .name = "z.weight", .type = KEEL_ST_F32, .n_dims = 2, .dims = { 2, 3 }, .data = (const uint8_t *)values },
-        { .name = "a\"\xc3\xa9", .type = KEEL_ST_F16, .n_dims = 1, .dims = { 3 }, .data = (const uint8_t *)halves },
+        { .name = "z.weight",
+          .type = KEEL_ST_F32,
+          .n_dims = 2,
+          .dims = { 2, 3 },
+          .data = (const uint8_t *)values },
+        { .name = "a\"\xc3\xa9",
+          .type = KEEL_ST_F16,
+          .n_dims = 1,
+          .dims = { 3 },
+          .data = (const uint8_t *)halves },
         { .name = "empty", .type = KEEL_ST_F32, .n_dims = 2, .dims = { 0, 7 } },
         { .name = "scalar", .type = KEEL_ST_BF16, .data = (const uint8_t *)"\x80\x3f" },
     };
@@ -28,8 +37,10 @@ static void check_sample(const keel_st *s)
     float y[6];
     assert_int_equal(keel_st_count(s), 4);
     assert_string_equal(keel_st_at(s, 0)->name, "a\"\xc3\xa9"); // sorted by name
-    const struct keel_st_tensor *z = keel_st_find(s, "z.weight"), *a = keel_st_at(s, 0), *e = keel_st_find(s, "empty");
-    assert_true(z->type == KEEL_ST_F32 && z->n_dims == 2 && z->dims[0] == 2 && z->dims[1] == 3 && z->bytes == 24);
+    const struct keel_st_tensor *z = keel_st_find(s, "z.weight"), *a = keel_st_at(s, 0),
+                                *e = keel_st_find(s, "empty");
+    assert_true(z->type == KEEL_ST_F32 && z->n_dims == 2 && z->dims[0] == 2 && z->dims[1] == 3 &&
+                z->bytes == 24);
     keel_st_to_f32(z, y);
     assert_memory_equal(y, values, sizeof values);
     keel_st_to_f32(a, y);
@@ -104,14 +115,19 @@ static const struct {
     { "{\"t\":1}", "'t' is not an object", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\"", "header", KEEL_ERR_FORMAT },
     { "{\"t\":{\"shape\":[2],\"data_offsets\":[0,8]}}", "dtype", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}", "F8_E4M3", KEEL_ERR_UNSUPPORTED },
+    { "{\"t\":{\"dtype\":\"F8_E4M3\",\"shape\":[8],\"data_offsets\":[0,8]}}", "F8_E4M3",
+      KEEL_ERR_UNSUPPORTED },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":2,\"data_offsets\":[0,8]}}", "shape", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", "dimension 0", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}", "dimension 0", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}", "at most 8", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]}}", "dimension 1", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[4611686018427387906],\"data_offsets\":[0,8]}}", "dimension 0", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[99999999999999999999],\"data_offsets\":[0,8]}}", "header", KEEL_ERR_FORMAT },
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}", "at most 8",
+      KEEL_ERR_FORMAT },
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,8]}}", "dimension 1",
+      KEEL_ERR_FORMAT },
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[4611686018427387906],\"data_offsets\":[0,8]}}", "dimension 0",
+      KEEL_ERR_FORMAT },
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[99999999999999999999],\"data_offsets\":[0,8]}}", "header",
+      KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2]}}", "data_offsets", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0]}}", "data_offsets", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,12]}}", "truncated", KEEL_ERR_FORMAT },
@@ -120,12 +136,16 @@ static const struct {
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,8]}}", "need 4", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", "after the last", KEEL_ERR_FORMAT },
     { "{\"t\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", "hole", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"u\":{\"dtype\":\"F32\",\"shape\":[1],"
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"u\":{\"dtype\":\"F32\",\"shape\":[1]"
+      ","
       "\"data_offsets\":[4,8]}}",
       "overlap", KEEL_ERR_FORMAT },
-    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"t\":{}}", "header", KEEL_ERR_FORMAT },
-    { "{\"__metadata__\":[],\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "__metadata__", KEEL_ERR_FORMAT },
-    { "{\"__metadata__\":{\"k\":1},\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "'k'", KEEL_ERR_FORMAT },
+    { "{\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"t\":{}}", "header",
+      KEEL_ERR_FORMAT },
+    { "{\"__metadata__\":[],\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "__metadata__",
+      KEEL_ERR_FORMAT },
+    { "{\"__metadata__\":{\"k\":1},\"t\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "'k'",
+      KEEL_ERR_FORMAT },
 };
 
 static void test_hostile(void **state)
@@ -161,9 +181,12 @@ static void test_writer_refuses(void **state)
 {
     struct memory_log m;
     char sink[4096];
-    const struct keel_st_tensor twice[] = { { .name = "t", .type = KEEL_ST_F32 }, { .name = "t", .type = KEEL_ST_F32 } };
+    const struct keel_st_tensor twice[] = { { .name = "t", .type = KEEL_ST_F32 },
+                                            { .name = "t", .type = KEEL_ST_F32 } };
     const struct keel_st_tensor reserved = { .name = "__metadata__", .type = KEEL_ST_F32 };
-    const struct keel_st_tensor deep = { .name = "deep", .type = KEEL_ST_F32, .n_dims = KEEL_ST_MAX_DIMS + 1 };
+    const struct keel_st_tensor deep = { .name = "deep",
+                                         .type = KEEL_ST_F32,
+                                         .n_dims = KEEL_ST_MAX_DIMS + 1 };
     const struct keel_st_tensor huge = { .name = "huge", .type = KEEL_ST_F32, .n_dims = 2,
                                          .dims = { (uint64_t)1 << 40, (uint64_t)1 << 40 } };
     const struct keel_pair meta = { "k", "\xff" };
@@ -189,8 +212,14 @@ static void test_types(void **state)
     static const struct {
         enum keel_st_type type;
         float want;
-    } all[] = { { KEEL_ST_U8, 254 },        { KEEL_ST_I8, -2 },  { KEEL_ST_U16, 65534 },           { KEEL_ST_I16, -2 },
-                { KEEL_ST_U32, 4294967296.f }, { KEEL_ST_I32, -2 }, { KEEL_ST_U64, 18446744073709551616.f }, { KEEL_ST_I64, -2 } };
+    } all[] = { { KEEL_ST_U8, 254 },
+                { KEEL_ST_I8, -2 },
+                { KEEL_ST_U16, 65534 },
+                { KEEL_ST_I16, -2 },
+                { KEEL_ST_U32, 4294967296.f },
+                { KEEL_ST_I32, -2 },
+                { KEEL_ST_U64, 18446744073709551616.f },
+                { KEEL_ST_I64, -2 } };
     const double d = 0.1;
     float y;
     (void)state;
@@ -207,8 +236,9 @@ static void test_types(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_truncated_and_damaged), cmocka_unit_test(test_hostile),
-        cmocka_unit_test(test_writer_refuses), cmocka_unit_test(test_types),
+        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_truncated_and_damaged),
+        cmocka_unit_test(test_hostile),    cmocka_unit_test(test_writer_refuses),
+        cmocka_unit_test(test_types),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

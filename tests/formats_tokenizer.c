@@ -1,11 +1,32 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_tokenizer.c: the tokenizer on a vocabulary small enough to work out by hand: order of merges, whole pieces, byte
-// fallback, control tokens, errors; and round trips of random text. Gemma's own vocabulary: formats_model.c.
+// tests/formats_tokenizer.c: the tokenizer on a vocabulary small enough to work out by hand: order of merges,
+// whole pieces, byte fallback, control tokens, errors; and round trips of random text. Gemma's own
+// vocabulary: formats_model.c.
 #include "formats_util.h"
 
 #include <math.h>
 
-enum { PAD, EOS, BOS, UNK, BYTE0, SP = BYTE0 + 256, A, B, C, AB, BC, AA, SPSPA, SPSP, NL, NLNL, EOT, EACUTE, N_TOKENS };
+enum {
+    PAD,
+    EOS,
+    BOS,
+    UNK,
+    BYTE0,
+    SP = BYTE0 + 256,
+    A,
+    B,
+    C,
+    AB,
+    BC,
+    AA,
+    SPSPA,
+    SPSP,
+    NL,
+    NLNL,
+    EOT,
+    EACUTE,
+    N_TOKENS
+};
 
 struct vocab {
     const char *text[N_TOKENS];
@@ -89,8 +110,8 @@ static keel_status make(keel_tokenizer **tok, const struct vocab *v, struct opti
     return st;
 }
 
-static void check(const keel_tokenizer *tok, const char *text, size_t len, struct keel_tokenize_params p, const int32_t *want,
-                  size_t n)
+static void check(const keel_tokenizer *tok, const char *text, size_t len, struct keel_tokenize_params p,
+                  const int32_t *want, size_t n)
 {
     struct keel_tokens t = { 0 };
     uint8_t *copy = exact_copy(text, len);
@@ -151,10 +172,11 @@ static void test_control(void **state)
     make_vocab(&v);
     assert_int_equal(make(&tok, &v, (struct options){ 0 }, NULL), KEEL_OK);
     CHECK("a<end_of_turn>\n<bos>", SPECIAL, A, EOT, NL, BOS);
-    CHECK("<end_of_turn", SPECIAL, BYTE0 + '<', BYTE0 + 'e', BYTE0 + 'n', BYTE0 + 'd', BYTE0 + '_', BYTE0 + 'o', BYTE0 + 'f',
-          BYTE0 + '_', BYTE0 + 't', BYTE0 + 'u', BYTE0 + 'r', BYTE0 + 'n');
+    CHECK("<end_of_turn", SPECIAL, BYTE0 + '<', BYTE0 + 'e', BYTE0 + 'n', BYTE0 + 'd', BYTE0 + '_',
+          BYTE0 + 'o', BYTE0 + 'f', BYTE0 + '_', BYTE0 + 't', BYTE0 + 'u', BYTE0 + 'r', BYTE0 + 'n');
     CHECK("<bos>", PLAIN, BYTE0 + '<', B, BYTE0 + 'o', BYTE0 + 's', BYTE0 + '>');
-    CHECK("<0x0A>", SPECIAL, BYTE0 + '<', BYTE0 + '0', BYTE0 + 'x', BYTE0 + '0', BYTE0 + 'A', BYTE0 + '>'); // bytes never match
+    CHECK("<0x0A>", SPECIAL, BYTE0 + '<', BYTE0 + '0', BYTE0 + 'x', BYTE0 + '0', BYTE0 + 'A',
+          BYTE0 + '>'); // bytes never match
     assert_int_equal(keel_tokenize(tok, "<end_of_turn>", 13, PLAIN, &t), KEEL_OK);
     for (size_t i = 0; i < t.n; i++) {
         assert_false(keel_token_is_control(tok, t.ids[i]));
@@ -162,7 +184,8 @@ static void test_control(void **state)
     keel_tokens_finish(&t);
     const struct keel_token_ids ids = keel_tokenizer_ids(tok);
     assert_true(ids.bos == BOS && ids.eos == EOS && ids.pad == -1 && ids.unk == UNK && ids.eot == EOT);
-    assert_true(keel_tokenizer_is_eog(tok, EOS) && keel_tokenizer_is_eog(tok, EOT) && !keel_tokenizer_is_eog(tok, A));
+    assert_true(keel_tokenizer_is_eog(tok, EOS) && keel_tokenizer_is_eog(tok, EOT) &&
+                !keel_tokenizer_is_eog(tok, A));
     assert_false(keel_tokenizer_is_eog(tok, -1));
     assert_int_equal(keel_tokenizer_vocab(tok), N_TOKENS);
     assert_int_equal(keel_token_find(tok, "ab"), AB);
@@ -212,7 +235,9 @@ static void test_invalid_utf8(void **state)
     for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
         const size_t len = strlen(cases[i].text);
         uint8_t *copy = exact_copy(cases[i].text, len);
-        assert_int_equal(keel_tokenize(tok, (char *)copy, len, (struct keel_tokenize_params){ .bos = true }, &t), KEEL_ERR_DATA);
+        assert_int_equal(
+            keel_tokenize(tok, (char *)copy, len, (struct keel_tokenize_params){ .bos = true }, &t),
+            KEEL_ERR_DATA);
         assert_int_equal(t.n, 1);
         assert_non_null(strstr(m.last, "UTF-8"));
         assert_logged(&m, cases[i].message);
@@ -237,7 +262,10 @@ static uint32_t random_char(struct keel_rng *rng)
 
 static void add_utf8(struct keel_text *t, uint32_t c)
 {
-    const uint8_t b[4] = { (uint8_t)(c < 0x80 ? c : c < 0x800 ? 0xc0 | c >> 6 : c < 0x10000 ? 0xe0 | c >> 12 : 0xf0 | c >> 18) };
+    const uint8_t b[4] = { (uint8_t)(c < 0x80      ? c
+                                     : c < 0x800   ? 0xc0 | c >> 6
+                                     : c < 0x10000 ? 0xe0 | c >> 12
+                                                   : 0xf0 | c >> 18) };
     const int more = c < 0x80 ? 0 : c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
     keel_text_add(t, b, 1);
     for (int i = more - 1; i >= 0; i--) {
@@ -314,12 +342,26 @@ static void test_bad_vocabularies(void **state)
         { .o.n_tokens = 7, .message = "scores", .want = KEEL_ERR_FORMAT },
         { .o.bos = N_TOKENS, .message = "bos_token_id", .want = KEEL_ERR_FORMAT },
         { .o.bos = -5, .message = "bos_token_id", .want = KEEL_ERR_FORMAT },
-        { .token = A, .text = "a", .score = NAN, .type = 1, .message = "not a number", .want = KEEL_ERR_FORMAT },
+        { .token = A,
+          .text = "a",
+          .score = NAN,
+          .type = 1,
+          .message = "not a number",
+          .want = KEEL_ERR_FORMAT },
         { .token = A, .text = "a", .type = 7, .message = "type 7", .want = KEEL_ERR_FORMAT },
         { .token = A, .text = "a", .type = -1, .message = "type -1", .want = KEEL_ERR_FORMAT },
-        { .token = A, .text = "a\xff", .type = 1, .message = "token 261 is not valid UTF-8", .want = KEEL_ERR_FORMAT },
+        { .token = A,
+          .text = "a\xff",
+          .type = 1,
+          .message = "token 261 is not valid UTF-8",
+          .want = KEEL_ERR_FORMAT },
         { .token = BYTE0 + 1, .text = "<0x+1>", .type = 6, .message = "<0xXX>", .want = KEEL_ERR_FORMAT },
-        { .o.no_unk = true, .token = BYTE0 + 0x41, .text = "q", .type = 1, .message = "<0x41>", .want = KEEL_ERR_FORMAT },
+        { .o.no_unk = true,
+          .token = BYTE0 + 0x41,
+          .text = "q",
+          .type = 1,
+          .message = "<0x41>",
+          .want = KEEL_ERR_FORMAT },
     };
     (void)state;
     for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
@@ -357,8 +399,9 @@ static void test_unknown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_merges),       cmocka_unit_test(test_control),    cmocka_unit_test(test_space_prefix),
-        cmocka_unit_test(test_invalid_utf8), cmocka_unit_test(test_round_trip), cmocka_unit_test(test_long_word),
+        cmocka_unit_test(test_merges),           cmocka_unit_test(test_control),
+        cmocka_unit_test(test_space_prefix),     cmocka_unit_test(test_invalid_utf8),
+        cmocka_unit_test(test_round_trip),       cmocka_unit_test(test_long_word),
         cmocka_unit_test(test_bad_vocabularies), cmocka_unit_test(test_unknown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

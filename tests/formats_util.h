@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/formats_util.h: what the tests of the formats room share: a log that remembers, exact copies that a sanitizer can guard,
-// and GGUF files built byte by byte, right or wrong.
+// tests/formats_util.h: what the tests of the formats room share: a log that remembers, exact copies that a
+// sanitizer can guard, and GGUF files built byte by byte, right or wrong.
 #ifndef KEEL_TESTS_FORMATS_UTIL_H
 #define KEEL_TESTS_FORMATS_UTIL_H
 

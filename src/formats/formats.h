@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// formats/formats.h: readers and writers of files as byte ranges: GGUF, safetensors, JSONL; the tokenizer; block quants.
-// Nothing here opens a file: readers take (data, len) and a name for messages, writers a FILE* that the platform room made.
-// Every count, offset, length and type of a file is checked before use. What is read and checked: docs/formats.md.
+// formats/formats.h: readers and writers of files as byte ranges: GGUF, safetensors, JSONL; the tokenizer;
+// block quants. Nothing here opens a file: readers take (data, len) and a name for messages, writers a FILE*
+// that the platform room made. Every count, offset, length and type of a file is checked before use. What is
+// read and checked: docs/formats.md.
 #ifndef KEEL_FORMATS_H
 #define KEEL_FORMATS_H
 
@@ -13,8 +14,8 @@ struct json_t; // jansson's json_t
 
 // --- GGUF, reading -------------------------------------------------------------------------------
 
-// A parsed GGUF v2/v3 file. Borrows the file's bytes: keep the map open as long as the keel_gguf. Immutable after parsing,
-// so any number of threads may read it.
+// A parsed GGUF v2/v3 file. Borrows the file's bytes: keep the map open as long as the keel_gguf. Immutable
+// after parsing, so any number of threads may read it.
 typedef struct keel_gguf keel_gguf;
 
 struct keel_gguf_tensor {
@@ -27,17 +28,19 @@ struct keel_gguf_tensor {
     uint64_t bytes;
 };
 
-// Checks the whole structure and builds the index; touches no tensor data. `name` is copied, `log` is borrowed.
-// Errors: FORMAT (malformed: truncated, duplicate names, bad offsets, ...), UNSUPPORTED (version, big endian, tensor type,
-// nested arrays), NO_MEMORY.
-keel_status keel_gguf_parse(keel_gguf **out, const uint8_t *data, size_t len, const char *name, const keel_log *log);
+// Checks the whole structure and builds the index; touches no tensor data. `name` is copied, `log` is
+// borrowed. Errors: FORMAT (malformed: truncated, duplicate names, bad offsets, ...), UNSUPPORTED (version,
+// big endian, tensor type, nested arrays), NO_MEMORY.
+keel_status keel_gguf_parse(keel_gguf **out, const uint8_t *data, size_t len, const char *name,
+                            const keel_log *log);
 void keel_gguf_destroy(keel_gguf **g); // accepts &NULL
 
 const char *keel_gguf_name(const keel_gguf *g); // the name given to keel_gguf_parse
 uint32_t keel_gguf_version(const keel_gguf *g);
 size_t keel_gguf_tensor_count(const keel_gguf *g);
 const struct keel_gguf_tensor *keel_gguf_tensor_at(const keel_gguf *g, size_t i); // file order; i < count
-const struct keel_gguf_tensor *keel_gguf_tensor_find(const keel_gguf *g, const char *name); // NULL if missing; O(1)
+// NULL if missing; O(1).
+const struct keel_gguf_tensor *keel_gguf_tensor_find(const keel_gguf *g, const char *name);
 
 enum keel_gguf_type {
     KEEL_GGUF_U8 = 0,
@@ -72,7 +75,7 @@ struct keel_gguf_array {
 };
 bool keel_gguf_array(const keel_gguf *g, const char *key, struct keel_gguf_array *out);
 // i < n. The array must have a fitting element type: string; any integer or bool; f32 or f64.
-const char *keel_gguf_array_str(const struct keel_gguf_array *a, uint64_t i, size_t *len); // not NUL-terminated
+const char *keel_gguf_array_str(const struct keel_gguf_array *a, uint64_t i, size_t *len); // no NUL at its end
 int64_t keel_gguf_array_int(const struct keel_gguf_array *a, uint64_t i); // u64 above INT64_MAX saturates
 double keel_gguf_array_num(const struct keel_gguf_array *a, uint64_t i);
 bool keel_gguf_type_is_int(enum keel_gguf_type type);
@@ -82,7 +85,7 @@ const char *keel_gguf_type_name(enum keel_gguf_type type); // "u32", "string", .
 // All metadata in file order, for listings and copies.
 size_t keel_gguf_key_count(const keel_gguf *g);
 const char *keel_gguf_key_at(const keel_gguf *g, size_t i, enum keel_gguf_type *type); // `type` may be NULL
-const uint8_t *keel_gguf_key_raw(const keel_gguf *g, size_t i, size_t *bytes); // the value as encoded in the file
+const uint8_t *keel_gguf_key_raw(const keel_gguf *g, size_t i, size_t *bytes); // value as in the file
 
 // --- GGUF, writing -------------------------------------------------------------------------------
 
@@ -114,19 +117,19 @@ void keel_gguf_put_tensor(keel_gguf_writer *w, const char *name, enum keel_dtype
 // Writes the header at the file's current position, which must be its start. `f` is borrowed until end.
 // Errors: ARG (duplicate key or tensor, dims that do not fit the type), NO_MEMORY, IO.
 keel_status keel_gguf_writer_begin(keel_gguf_writer *w, FILE *f);
-// Appends bytes of the tensors in declared order, in pieces of any size within one tensor; padding is written by itself.
-// Errors: ARG (beyond the current tensor's end), IO.
+// Appends bytes of the tensors in declared order, in pieces of any size within one tensor; padding is written
+// by itself. Errors: ARG (beyond the current tensor's end), IO.
 keel_status keel_gguf_writer_data(keel_gguf_writer *w, const void *data, size_t bytes);
 // Errors: ARG if data of a declared tensor is missing.
 keel_status keel_gguf_writer_end(keel_gguf_writer *w);
 
 // --- block quants --------------------------------------------------------------------------------
 
-// n elements, a multiple of the type's block. Dequantisation is bit-equal to gguf-py's `gguf.quants.dequantize`; `src` may
-// be unaligned. Every keel_dtype is supported. Thread-safe.
+// n elements, a multiple of the type's block. Dequantisation is bit-equal to gguf-py's
+// `gguf.quants.dequantize`; `src` may be unaligned. Every keel_dtype is supported. Thread-safe.
 void keel_dequantize(enum keel_dtype type, const void *src, float *dst, size_t n);
-// Round to nearest in the manner of ggml's reference quantisers; K-quants search their scales for the least squared error.
-// NaN and infinity in `src` give an unspecified block, never undefined behaviour.
+// Round to nearest in the manner of ggml's reference quantisers; K-quants search their scales for the least
+// squared error. NaN and infinity in `src` give an unspecified block, never undefined behaviour.
 void keel_quantize(enum keel_dtype type, const float *src, void *dst, size_t n);
 // Bytes of n elements (n a multiple of the block).
 static inline uint64_t keel_dtype_bytes(enum keel_dtype type, uint64_t n)
@@ -165,9 +168,11 @@ struct keel_st_tensor {
     uint64_t bytes;
 };
 
-// A parsed safetensors file; borrows the bytes as keel_gguf does. Errors: FORMAT, UNSUPPORTED (dtype), NO_MEMORY.
+// A parsed safetensors file; borrows the bytes as keel_gguf does. Errors: FORMAT, UNSUPPORTED (dtype),
+// NO_MEMORY.
 typedef struct keel_st keel_st;
-keel_status keel_st_parse(keel_st **out, const uint8_t *data, size_t len, const char *name, const keel_log *log);
+keel_status keel_st_parse(keel_st **out, const uint8_t *data, size_t len, const char *name,
+                          const keel_log *log);
 void keel_st_destroy(keel_st **st); // accepts &NULL
 size_t keel_st_count(const keel_st *st);
 const struct keel_st_tensor *keel_st_at(const keel_st *st, size_t i); // sorted by name
@@ -179,23 +184,24 @@ void keel_st_to_f32(const struct keel_st_tensor *t, float *dst);
 struct keel_pair {
     const char *key, *value;
 };
-// Writes the header for `n` tensors (name, type, n_dims, dims are read; the rest is ignored) and the string map `meta`;
-// the caller then writes the data of each tensor in the order given, without padding. Errors: ARG (duplicate or unusable
-// name, too many dims), NO_MEMORY, IO.
-keel_status keel_st_write_header(FILE *f, const struct keel_st_tensor *tensors, size_t n, const struct keel_pair *meta,
-                                 size_t n_meta, const keel_log *log);
+// Writes the header for `n` tensors (name, type, n_dims, dims are read; the rest is ignored) and the string
+// map `meta`; the caller then writes the data of each tensor in the order given, without padding. Errors: ARG
+// (duplicate or unusable name, too many dims), NO_MEMORY, IO.
+keel_status keel_st_write_header(FILE *f, const struct keel_st_tensor *tensors, size_t n,
+                                 const struct keel_pair *meta, size_t n_meta, const keel_log *log);
 // The same, then the data of every tensor from its `data` pointer.
-keel_status keel_st_write(FILE *f, const struct keel_st_tensor *tensors, size_t n, const struct keel_pair *meta,
-                          size_t n_meta, const keel_log *log);
+keel_status keel_st_write(FILE *f, const struct keel_st_tensor *tensors, size_t n,
+                          const struct keel_pair *meta, size_t n_meta, const keel_log *log);
 
 // --- tokenizer -----------------------------------------------------------------------------------
 
-// Gemma's tokenizer: SentencePiece BPE with scores, byte fallback and user-defined tokens. Immutable after creation;
-// thread-safe. Owns all it needs: the file may be closed afterwards.
+// Gemma's tokenizer: SentencePiece BPE with scores, byte fallback and user-defined tokens. Immutable after
+// creation; thread-safe. Owns all it needs: the file may be closed afterwards.
 typedef struct keel_tokenizer keel_tokenizer;
 
 // From a model's GGUF metadata (tokenizer.ggml.*). `log` is borrowed.
-// Errors: FORMAT (missing or inconsistent lists, ids out of range), UNSUPPORTED (another kind of tokenizer), NO_MEMORY.
+// Errors: FORMAT (missing or inconsistent lists, ids out of range), UNSUPPORTED (another kind of tokenizer),
+// NO_MEMORY.
 keel_status keel_tokenizer_create(keel_tokenizer **out, const keel_gguf *g, const keel_log *log);
 void keel_tokenizer_destroy(keel_tokenizer **tok); // accepts &NULL
 
@@ -208,19 +214,21 @@ keel_status keel_tokens_add(struct keel_tokens *t, int32_t id); // Errors: NO_ME
 
 struct keel_tokenize_params {
     bool bos;     // put the BOS token first
-    bool special; // control tokens such as <end_of_turn> in the text become their ids; otherwise they are plain text
+    bool special; // control tokens such as <end_of_turn> in the text become their ids, not plain text
 };
 // Appends the tokens of `text` (any bytes incl. NUL, valid UTF-8). Time O(len log len).
 // Errors: DATA (invalid UTF-8, with its offset; longer than 2 GiB), NO_MEMORY. On error `out` is as it was.
-keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t len, struct keel_tokenize_params p,
-                          struct keel_tokens *out);
-// The bytes that a token stands for in generated text: spaces as spaces, byte tokens as one raw byte (a character may span
-// several tokens), control tokens and unknown as an empty string. Not NUL-terminated; lives as long as `tok`.
+keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t len,
+                          struct keel_tokenize_params p, struct keel_tokens *out);
+// The bytes that a token stands for in generated text: spaces as spaces, byte tokens as one raw byte (a
+// character may span several tokens), control tokens and unknown as an empty string. Not NUL-terminated;
+// lives as long as `tok`.
 const char *keel_token_bytes(const keel_tokenizer *tok, int32_t id, size_t *len);
-// The token as the vocabulary writes it ("▁the", "<0x0A>", "<bos>"); NUL-terminated. Never NULL for 0 <= id < vocab.
+// The token as the vocabulary writes it ("▁the", "<0x0A>", "<bos>"); NUL-terminated. Never NULL for 0 <= id <
+// vocab.
 const char *keel_token_name(const keel_tokenizer *tok, int32_t id);
 bool keel_token_is_control(const keel_tokenizer *tok, int32_t id);
-int32_t keel_token_find(const keel_tokenizer *tok, const char *text); // as the vocabulary writes it; -1 if absent
+int32_t keel_token_find(const keel_tokenizer *tok, const char *text); // by its name; -1 if absent
 // Appends the text of n tokens; the exact inverse of keel_tokenize for text without control tokens.
 void keel_detokenize(const keel_tokenizer *tok, const int32_t *ids, size_t n, struct keel_text *out);
 
@@ -251,16 +259,18 @@ struct keel_jsonl {
 // All arguments are borrowed while rows are read; `name` as long as rows live.
 struct keel_jsonl keel_jsonl_make(const uint8_t *data, size_t len, const char *name, const keel_log *log);
 // The next non-empty line; at the end row->object is NULL and the status OK.
-// Errors, logged as "FILE:LINE: reason": DATA (invalid UTF-8, invalid JSON, not an object, duplicate key), NO_MEMORY.
+// Errors, logged as "FILE:LINE: reason": DATA (invalid UTF-8, invalid JSON, not an object, duplicate key),
+// NO_MEMORY.
 keel_status keel_jsonl_next(struct keel_jsonl *r, struct keel_row *row);
 
-// Fields. The plain forms fail (DATA, logged with line and field) if the field is missing; the opt_ forms then return the
-// default. Both fail if it has another type; null counts as missing. Strings live as long as row->object.
-keel_status keel_row_str(const struct keel_row *row, const char *field, const char **out, size_t *len); // len may be NULL
+// Fields. The plain forms fail (DATA, logged with line and field) if the field is missing; the opt_ forms
+// then return the default. Both fail if it has another type; null counts as missing. Strings and
+// arrays are borrowed from row->object; `len` may be NULL.
+keel_status keel_row_str(const struct keel_row *row, const char *field, const char **out, size_t *len);
 keel_status keel_row_num(const struct keel_row *row, const char *field, double *out);
 keel_status keel_row_int(const struct keel_row *row, const char *field, int64_t *out);
 keel_status keel_row_bool(const struct keel_row *row, const char *field, bool *out);
-keel_status keel_row_array(const struct keel_row *row, const char *field, struct json_t **out); // borrowed reference
+keel_status keel_row_array(const struct keel_row *row, const char *field, struct json_t **out);
 // With a missing field: *out stays as the caller set it and the status is OK.
 keel_status keel_row_opt_str(const struct keel_row *row, const char *field, const char **out, size_t *len);
 keel_status keel_row_opt_num(const struct keel_row *row, const char *field, double *out);

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
-// formats/gguf.c: reads GGUF v2/v3 from a byte range: metadata and tensor index, every field checked before use.
-// Does not interpret metadata (models room) and does not read tensor data.
-// Source: docs/gguf.md of the ggml project.
+// formats/gguf.c: reads GGUF v2/v3 from a byte range: metadata and tensor index, every field checked before
+// use. Does not interpret metadata (models room) and does not read tensor data. Source: docs/gguf.md of the
+// ggml project.
 #include "formats.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "GGUF fields are read in place: little endian hosts only");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+               "GGUF fields are read in place: little endian hosts only");
 
 #define MAX_NAME_BYTES 65535u
 #define MIN_KEY_BYTES 13u    // length, no characters, type, one byte of value
@@ -94,8 +95,8 @@ static bool table_make(struct table *t, size_t n)
     return t->slots != NULL;
 }
 
-// The slot that holds `name`, or the free slot where it belongs. `names` points to the first name pointer of an array of
-// structs `stride` bytes apart.
+// The slot that holds `name`, or the free slot where it belongs. `names` points to the first name pointer of
+// an array of structs `stride` bytes apart.
 static uint32_t *table_slot(const struct table *t, const void *names, size_t stride, const char *name)
 {
     uint64_t at = keel_hash(KEEL_HASH_INIT, name, strlen(name));
@@ -114,8 +115,9 @@ static uint32_t *table_slot(const struct table *t, const void *names, size_t str
 
 static keel_status truncated(const struct cursor *c, const char *what, uint64_t want)
 {
-    KEEL_ERROR(c->log, "%s: offset %zu: %s needs %" PRIu64 " bytes, the file has %zu left: truncated or damaged", c->name,
-               c->at, what, want, c->len - c->at);
+    KEEL_ERROR(c->log,
+               "%s: offset %zu: %s needs %" PRIu64 " bytes, the file has %zu left: truncated or damaged",
+               c->name, c->at, what, want, c->len - c->at);
     return KEEL_ERR_FORMAT;
 }
 
@@ -153,8 +155,8 @@ static keel_status take_name(struct cursor *c, struct chunk **chunks, const char
     size_t len;
     KEEL_TRY(take_string(c, &bytes, &len, what));
     if (len == 0 || len > MAX_NAME_BYTES) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: %s has %zu bytes; 1 to %u are allowed", c->name, start, what, len,
-                  MAX_NAME_BYTES);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: %s has %zu bytes; 1 to %u are allowed", c->name,
+                  start, what, len, MAX_NAME_BYTES);
     }
     if (memchr(bytes, 0, len) || !keel_utf8_valid(bytes, len, NULL)) {
         KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: %s is not UTF-8 text", c->name, start, what);
@@ -189,18 +191,19 @@ static keel_status take_array(struct cursor *c, struct key *k)
     KEEL_TRY(take(c, &type, sizeof type, k->name));
     KEEL_TRY(take(c, &n, sizeof n, k->name));
     if (type == KEEL_GGUF_ARRAY) {
-        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: metadata key '%s' is an array of arrays, which keel does not read",
-                  c->name, k->name);
+        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED,
+                  "%s: metadata key '%s' is an array of arrays, which keel does not read", c->name, k->name);
     }
     if (type >= KEEL_COUNT(type_info)) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: metadata key '%s': element type %" PRIu32 " does not exist", c->name,
-                  k->name, type);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: metadata key '%s': element type %" PRIu32 " does not exist",
+                  c->name, k->name, type);
     }
     const uint32_t least = type == KEEL_GGUF_STR ? 8 : type_info[type].bytes;
     if (n > (c->len - c->at) / least) {
         KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
-                  "%s: offset %zu: metadata key '%s' has %" PRIu64 " elements (%s), more than fit in the file", c->name, c->at,
-                  k->name, n, type_info[type].name);
+                  "%s: offset %zu: metadata key '%s' has %" PRIu64
+                  " elements (%s), more than fit in the file",
+                  c->name, c->at, k->name, n, type_info[type].name);
     }
     k->array = (struct keel_gguf_array){ .type = (enum keel_gguf_type)type, .n = n, .data = c->data + c->at };
     if (type != KEEL_GGUF_STR) {
@@ -271,7 +274,8 @@ static keel_status take_keys(struct cursor *c, struct keel_gguf *g, uint64_t n)
         }
         KEEL_TRY(take(c, &type, sizeof type, k->name));
         if (type >= KEEL_COUNT(type_info)) {
-            KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: metadata key '%s': type %" PRIu32 " does not exist", c->name,
+            KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
+                      "%s: offset %zu: metadata key '%s': type %" PRIu32 " does not exist", c->name,
                       c->at - sizeof type, k->name, type);
         }
         k->type = (enum keel_gguf_type)type;
@@ -306,8 +310,8 @@ static keel_status take_shape(struct cursor *c, struct keel_gguf_tensor *t)
     uint32_t type;
     KEEL_TRY(take(c, &t->n_dims, sizeof t->n_dims, t->name));
     if (t->n_dims < 1 || t->n_dims > 4) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s' has %" PRIu32 " dimensions; 1 to 4 are allowed", c->name, t->name,
-                  t->n_dims);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s' has %" PRIu32 " dimensions; 1 to 4 are allowed",
+                  c->name, t->name, t->n_dims);
     }
     t->n_elems = 1;
     for (uint32_t i = 0; i < 4; i++) {
@@ -316,8 +320,9 @@ static keel_status take_shape(struct cursor *c, struct keel_gguf_tensor *t)
             KEEL_TRY(take(c, &t->dims[i], sizeof t->dims[i], t->name));
         }
         if (t->dims[i] == 0 || t->dims[i] > (uint64_t)INT64_MAX / t->n_elems) {
-            KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s': dimension %" PRIu32 " is %" PRIu64 ", which is %s", c->name,
-                      t->name, i, t->dims[i], t->dims[i] == 0 ? "zero" : "too large");
+            KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
+                      "%s: tensor '%s': dimension %" PRIu32 " is %" PRIu64 ", which is %s", c->name, t->name,
+                      i, t->dims[i], t->dims[i] == 0 ? "zero" : "too large");
         }
         t->n_elems *= t->dims[i];
     }
@@ -326,12 +331,13 @@ static keel_status take_shape(struct cursor *c, struct keel_gguf_tensor *t)
     if (!info) {
         char known[128];
         list_types(known, sizeof known);
-        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: tensor '%s' has ggml type %" PRIu32 "; keel reads %s", c->name, t->name,
-                  type, known);
+        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: tensor '%s' has ggml type %" PRIu32 "; keel reads %s",
+                  c->name, t->name, type, known);
     }
     if (t->dims[0] % info->block_elems != 0) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s' (%s): dimension 0 is %" PRIu64 ", not a multiple of %" PRIu32,
-                  c->name, t->name, info->name, t->dims[0], info->block_elems);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
+                  "%s: tensor '%s' (%s): dimension 0 is %" PRIu64 ", not a multiple of %" PRIu32, c->name,
+                  t->name, info->name, t->dims[0], info->block_elems);
     }
     if (t->n_elems / info->block_elems > (uint64_t)INT64_MAX / info->block_bytes) {
         KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s' is too large", c->name, t->name);
@@ -361,8 +367,8 @@ static keel_status check_overlap(const struct cursor *c, const struct keel_gguf 
     qsort(order, g->n_tensors, sizeof *order, by_data);
     for (size_t i = 1; i < g->n_tensors; i++) {
         if ((uint64_t)(order[i]->data - order[i - 1]->data) < order[i - 1]->bytes) {
-            KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensors '%s' and '%s' overlap in the file", c->name, order[i - 1]->name,
-                      order[i]->name);
+            KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensors '%s' and '%s' overlap in the file", c->name,
+                      order[i - 1]->name, order[i]->name);
         }
     }
 out:
@@ -376,7 +382,8 @@ static keel_status get_alignment(const struct cursor *c, const struct keel_gguf 
     enum keel_gguf_type type;
     for (size_t i = 0; i < g->n_keys; i++) {
         if (strcmp(keel_gguf_key_at(g, i, &type), "general.alignment") == 0) {
-            if (!keel_gguf_u64(g, "general.alignment", out) || *out < 8 || *out > 1u << 20 || (*out & (*out - 1)) != 0) {
+            if (!keel_gguf_u64(g, "general.alignment", out) || *out < 8 || *out > 1u << 20 ||
+                (*out & (*out - 1)) != 0) {
                 KEEL_ERROR(c->log, "%s: general.alignment must be a power of two from 8 to 2^20", c->name);
                 return KEEL_ERR_FORMAT;
             }
@@ -392,7 +399,8 @@ static keel_status take_tensors(struct cursor *c, struct keel_gguf *g, uint64_t 
     uint64_t alignment;
     KEEL_TRY(get_alignment(c, g, &alignment));
     if (n > (c->len - c->at) / MIN_TENSOR_BYTES) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: %" PRIu64 " tensors do not fit in the file", c->name, c->at, n);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: offset %zu: %" PRIu64 " tensors do not fit in the file",
+                  c->name, c->at, n);
     }
     g->tensors = calloc((size_t)n + 1, sizeof *g->tensors);
     offsets = calloc((size_t)n + 1, sizeof *offsets);
@@ -417,12 +425,14 @@ static keel_status take_tensors(struct cursor *c, struct keel_gguf *g, uint64_t 
     for (size_t i = 0; i < n; i++) {
         struct keel_gguf_tensor *t = &g->tensors[i];
         if (offsets[i] % alignment != 0) {
-            KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: tensor '%s': offset %" PRIu64 " is not a multiple of %" PRIu64, c->name,
-                      t->name, offsets[i], alignment);
+            KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
+                      "%s: tensor '%s': offset %" PRIu64 " is not a multiple of %" PRIu64, c->name, t->name,
+                      offsets[i], alignment);
         }
         if (offsets[i] > room || t->bytes > room - offsets[i]) {
             KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
-                      "%s: tensor '%s': %" PRIu64 " bytes at offset %" PRIu64 " of the data go beyond the end of the file: "
+                      "%s: tensor '%s': %" PRIu64 " bytes at offset %" PRIu64
+                      " of the data go beyond the end of the file: "
                       "truncated or damaged",
                       c->name, t->name, t->bytes, offsets[i]);
         }
@@ -446,25 +456,28 @@ static keel_status take_header(struct cursor *c, struct keel_gguf *g, uint64_t *
     }
     KEEL_TRY(take(c, &g->version, sizeof g->version, "the version"));
     if ((g->version & 0xffff) == 0 && g->version != 0) {
-        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: a big endian GGUF file; convert it to little endian", c->name);
+        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: a big endian GGUF file; convert it to little endian",
+                  c->name);
     }
     if (g->version != 2 && g->version != 3) {
-        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: GGUF version %" PRIu32 "; keel reads versions 2 and 3", c->name,
-                  g->version);
+        KEEL_FAIL(c->log, KEEL_ERR_UNSUPPORTED, "%s: GGUF version %" PRIu32 "; keel reads versions 2 and 3",
+                  c->name, g->version);
     }
     KEEL_TRY(take(c, n_tensors, sizeof *n_tensors, "the tensor count"));
     KEEL_TRY(take(c, n_keys, sizeof *n_keys, "the metadata count"));
     const size_t left = c->len - c->at;
     if (*n_keys > left / MIN_KEY_BYTES || *n_tensors > left / MIN_TENSOR_BYTES || *n_keys > INT32_MAX / 4 ||
         *n_tensors > INT32_MAX / 4) {
-        KEEL_FAIL(c->log, KEEL_ERR_FORMAT, "%s: %" PRIu64 " metadata keys and %" PRIu64 " tensors do not fit in %zu bytes",
-                  c->name, *n_keys, *n_tensors, c->len);
+        KEEL_FAIL(c->log, KEEL_ERR_FORMAT,
+                  "%s: %" PRIu64 " metadata keys and %" PRIu64 " tensors do not fit in %zu bytes", c->name,
+                  *n_keys, *n_tensors, c->len);
     }
 out:
     return st;
 }
 
-keel_status keel_gguf_parse(keel_gguf **out, const uint8_t *data, size_t len, const char *name, const keel_log *log)
+keel_status keel_gguf_parse(keel_gguf **out, const uint8_t *data, size_t len, const char *name,
+                            const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct cursor c = { .data = data, .len = len, .name = name, .log = log };

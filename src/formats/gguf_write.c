@@ -91,7 +91,8 @@ static bool add_key(keel_gguf_writer *w, const char *key, enum keel_gguf_type ty
     return true;
 }
 
-static void put_scalar(keel_gguf_writer *w, const char *key, enum keel_gguf_type type, const void *value, size_t bytes)
+static void put_scalar(keel_gguf_writer *w, const char *key, enum keel_gguf_type type, const void *value,
+                       size_t bytes)
 {
     if (add_key(w, key, type)) {
         keel_text_add(&w->keys, value, bytes);
@@ -171,7 +172,8 @@ void keel_gguf_put_strs(keel_gguf_writer *w, const char *key, const char *const 
     }
 }
 
-void keel_gguf_put_strns(keel_gguf_writer *w, const char *key, const char *const *values, const size_t *lens, size_t n)
+void keel_gguf_put_strns(keel_gguf_writer *w, const char *key, const char *const *values, const size_t *lens,
+                         size_t n)
 {
     if (add_array(w, key, KEEL_GGUF_STR, n)) {
         for (size_t i = 0; i < n; i++) {
@@ -195,7 +197,8 @@ void keel_gguf_put_tensor(keel_gguf_writer *w, const char *name, enum keel_dtype
                           const uint64_t *dims)
 {
     KEEL_ASSERT(!w->f);
-    if (w->failed != KEEL_OK || !grow(w, (void **)&w->tensors, w->n_tensors, &w->cap_tensors, sizeof *w->tensors)) {
+    if (w->failed != KEEL_OK ||
+        !grow(w, (void **)&w->tensors, w->n_tensors, &w->cap_tensors, sizeof *w->tensors)) {
         return;
     }
     const struct keel_dtype_info *info = keel_dtype_info((uint32_t)type);
@@ -322,7 +325,8 @@ keel_status keel_gguf_writer_data(keel_gguf_writer *w, const void *data, size_t 
     }
     if (w->current == w->n_tensors || bytes > w->tensors[w->current].bytes - w->written) {
         KEEL_FAIL(w->log, KEEL_ERR_ARG, "cannot write a GGUF file: more data than tensor '%s' holds",
-                  w->current < w->n_tensors ? w->names.data + w->tensors[w->current].name_at : "(after the last)");
+                  w->current < w->n_tensors ? w->names.data + w->tensors[w->current].name_at
+                                            : "(after the last)");
     }
     KEEL_TRY(write_bytes(w, data, bytes));
     w->written += bytes;

@@ -41,19 +41,20 @@ keel_status keel_jsonl_next(struct keel_jsonl *r, struct keel_row *row)
             continue;
         }
         if (!keel_utf8_valid(s, len, &bad)) {
-            KEEL_ERROR(r->log, "%s:%llu: byte %zu of the line (0x%02x) is not valid UTF-8", r->name, (unsigned long long)r->line,
-                       bad + 1, (uint8_t)s[bad]);
+            KEEL_ERROR(r->log, "%s:%llu: byte %zu of the line (0x%02x) is not valid UTF-8", r->name,
+                       (unsigned long long)r->line, bad + 1, (uint8_t)s[bad]);
             return KEEL_ERR_DATA;
         }
         json_t *v = json_loadb(s, len, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY | JSON_ALLOW_NUL, &error);
         if (!v) {
-            KEEL_ERROR(r->log, "%s:%llu: invalid JSON at column %d: %s", r->name, (unsigned long long)r->line, error.column,
-                       error.text);
+            KEEL_ERROR(r->log, "%s:%llu: invalid JSON at column %d: %s", r->name, (unsigned long long)r->line,
+                       error.column, error.text);
             return json_error_code(&error) == json_error_out_of_memory ? KEEL_ERR_NO_MEMORY : KEEL_ERR_DATA;
         }
         if (!json_is_object(v)) {
             json_decref(v);
-            KEEL_ERROR(r->log, "%s:%llu: a JSON object {...} was expected", r->name, (unsigned long long)r->line);
+            KEEL_ERROR(r->log, "%s:%llu: a JSON object {...} was expected", r->name,
+                       (unsigned long long)r->line);
             return KEEL_ERR_DATA;
         }
         row->object = v;
@@ -80,7 +81,8 @@ static json_t *get(const struct keel_row *row, const char *field, bool optional,
     return v;
 }
 
-static keel_status get_str(const struct keel_row *row, const char *field, const char **out, size_t *len, bool optional)
+static keel_status get_str(const struct keel_row *row, const char *field, const char **out, size_t *len,
+                           bool optional)
 {
     keel_status st;
     const json_t *v = get(row, field, optional, &st);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // formats/quant.c: GGML's block types to f32, the CPU reference that the GPU's unpacking is checked against.
-// Block layouts: ggml-common.h of llama.cpp. Sub-expressions stand in statements of their own where a compiler could
-// otherwise fuse a product and a sum, so that results are the same bits everywhere.
+// Block layouts: ggml-common.h of llama.cpp. Sub-expressions stand in statements of their own where a
+// compiler could otherwise fuse a product and a sum, so that results are the same bits everywhere.
 #include "formats.h"
 
 #include <string.h>
@@ -18,7 +18,8 @@ static float get_f16(const uint8_t *p)
     return keel_f16_to_f32(get16(p));
 }
 
-static void from_q4_0(const uint8_t *b, float *y) // d, 16 bytes: low nibbles are elements 0-15, high nibbles 16-31
+static void from_q4_0(const uint8_t *b,
+                      float *y) // d, 16 bytes: low nibbles are elements 0-15, high nibbles 16-31
 {
     const float d = get_f16(b);
     for (int i = 0; i < 16; i++) {
@@ -83,8 +84,8 @@ static void get_scale_min(const uint8_t *s, int j, int *scale, int *min)
     }
 }
 
-// Q4_K (`qh` NULL) and Q5_K: d, dmin, 12 bytes of scales, then [32 fifth bits of 8 sub-blocks,] 128 bytes of nibbles: 32
-// bytes carry sub-block 2k in their low and 2k + 1 in their high halves.
+// Q4_K (`qh` NULL) and Q5_K: d, dmin, 12 bytes of scales, then [32 fifth bits of 8 sub-blocks,] 128 bytes of
+// nibbles: 32 bytes carry sub-block 2k in their low and 2k + 1 in their high halves.
 static void from_q45_k(const uint8_t *b, const uint8_t *qh, const uint8_t *qs, float *y)
 {
     const float d = get_f16(b), dmin = get_f16(b + 2);
@@ -114,8 +115,9 @@ static void from_q5_k(const uint8_t *b, float *y)
     from_q45_k(b, b + 16, b + 48, y);
 }
 
-// 128 low nibbles, 64 bytes of upper bit pairs, 16 signed scales of 16 elements each, d. In each half of 128 elements a
-// quarter of 32 takes its nibbles from bytes (quarter % 2) * 32 and its bit pair from position quarter * 2.
+// 128 low nibbles, 64 bytes of upper bit pairs, 16 signed scales of 16 elements each, d. In each half of 128
+// elements a quarter of 32 takes its nibbles from bytes (quarter % 2) * 32 and its bit pair from position
+// quarter * 2.
 static void from_q6_k(const uint8_t *b, float *y)
 {
     const float d = get_f16(b + 208);
@@ -129,8 +131,8 @@ static void from_q6_k(const uint8_t *b, float *y)
     }
 }
 
-static void from_blocks(const struct keel_dtype_info *info, void (*one)(const uint8_t *, float *), const uint8_t *src,
-                        float *dst, size_t n)
+static void from_blocks(const struct keel_dtype_info *info, void (*one)(const uint8_t *, float *),
+                        const uint8_t *src, float *dst, size_t n)
 {
     for (size_t i = 0; i < n / info->block_elems; i++) {
         one(src + i * info->block_bytes, dst + i * info->block_elems);

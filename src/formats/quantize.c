@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// formats/quantize.c: f32 to GGML's block types. The plain types are bit-equal to gguf-py's quantiser; the K types try
-// several roundings a sub-block, solve for scale and minimum by least squares and keep the best.
-// Layouts as in quant.c. The weighting of K-quants (larger values count more) is that of ggml-quants.c without imatrix.
+// formats/quantize.c: f32 to GGML's block types. The plain types are bit-equal to gguf-py's quantiser; the K
+// types try several roundings a sub-block, solve for scale and minimum by least squares and keep the best.
+// Layouts as in quant.c. The weighting of K-quants (larger values count more) is that of ggml-quants.c
+// without imatrix.
 #include "formats.h"
 
 #include <math.h>
@@ -291,8 +292,8 @@ static void to_q6_k(const float *x, uint8_t *b)
     }
 }
 
-static void to_blocks(const struct keel_dtype_info *info, void (*one)(const float *, uint8_t *), const float *src,
-                      uint8_t *dst, size_t n)
+static void to_blocks(const struct keel_dtype_info *info, void (*one)(const float *, uint8_t *),
+                      const float *src, uint8_t *dst, size_t n)
 {
     for (size_t i = 0; i < n / info->block_elems; i++) {
         one(src + i * info->block_elems, dst + i * info->block_bytes);

@@ -53,8 +53,8 @@ static keel_status read_type(const struct reader *r, const json_t *entry, struct
             return KEEL_OK;
         }
     }
-    KEEL_ERROR(r->log, "%s: tensor '%s' has dtype %.32s; keel reads F32, F16, BF16, F64, BOOL and integers", r->name, t->name,
-               s);
+    KEEL_ERROR(r->log, "%s: tensor '%s' has dtype %.32s; keel reads F32, F16, BF16, F64, BOOL and integers",
+               r->name, t->name, s);
     return KEEL_ERR_UNSUPPORTED;
 }
 
@@ -64,8 +64,8 @@ static keel_status read_shape(const struct reader *r, const json_t *entry, struc
     const json_t *shape = json_object_get(entry, "shape");
     const size_t n = json_array_size(shape); // 0 for what is no array
     if (!json_is_array(shape) || n > KEEL_ST_MAX_DIMS) {
-        KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': \"shape\" must be a list of at most %d numbers", r->name, t->name,
-                  KEEL_ST_MAX_DIMS);
+        KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': \"shape\" must be a list of at most %d numbers",
+                  r->name, t->name, KEEL_ST_MAX_DIMS);
     }
     t->n_dims = (uint32_t)n;
     t->n_elems = 1;
@@ -73,7 +73,8 @@ static keel_status read_shape(const struct reader *r, const json_t *entry, struc
         const json_t *v = json_array_get(shape, i);
         const int64_t dim = json_is_integer(v) ? json_integer_value(v) : -1;
         if (dim < 0 || (t->n_elems > 0 && (uint64_t)dim > (uint64_t)INT64_MAX / 8 / t->n_elems)) {
-            KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': dimension %zu is not a usable size", r->name, t->name, i);
+            KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': dimension %zu is not a usable size", r->name,
+                      t->name, i);
         }
         t->dims[i] = (uint64_t)dim;
         t->n_elems *= (uint64_t)dim;
@@ -83,7 +84,8 @@ out:
     return st;
 }
 
-static keel_status read_tensor(const struct reader *r, const char *name, const json_t *entry, struct keel_st_tensor *t)
+static keel_status read_tensor(const struct reader *r, const char *name, const json_t *entry,
+                               struct keel_st_tensor *t)
 {
     keel_status st = KEEL_OK;
     t->name = name;
@@ -95,17 +97,20 @@ static keel_status read_tensor(const struct reader *r, const char *name, const j
     const json_t *offsets = json_object_get(entry, "data_offsets");
     const json_t *first = json_array_get(offsets, 0), *last = json_array_get(offsets, 1);
     if (json_array_size(offsets) != 2 || !json_is_integer(first) || !json_is_integer(last)) {
-        KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': \"data_offsets\" must be two integers", r->name, name);
+        KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': \"data_offsets\" must be two integers", r->name,
+                  name);
     }
     const int64_t from = json_integer_value(first), to = json_integer_value(last);
     if (from < 0 || to < from || (uint64_t)to > r->len) {
         KEEL_FAIL(r->log, KEEL_ERR_FORMAT,
-                  "%s: tensor '%s': bytes %" PRId64 " to %" PRId64 " do not lie in the %" PRIu64 " bytes of data: truncated or damaged",
+                  "%s: tensor '%s': bytes %" PRId64 " to %" PRId64 " do not lie in the %" PRIu64
+                  " bytes of data: truncated or damaged",
                   r->name, name, from, to, r->len);
     }
     if ((uint64_t)(to - from) != t->bytes) {
-        KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: tensor '%s': %" PRId64 " bytes of data, its shape and type need %" PRIu64,
-                  r->name, name, to - from, t->bytes);
+        KEEL_FAIL(r->log, KEEL_ERR_FORMAT,
+                  "%s: tensor '%s': %" PRId64 " bytes of data, its shape and type need %" PRIu64, r->name,
+                  name, to - from, t->bytes);
     }
     t->data = r->data + from;
 out:
@@ -118,7 +123,8 @@ static int by_place(const void *a, const void *b)
     if (x->data != y->data) {
         return x->data < y->data ? -1 : 1;
     }
-    return (x->bytes > y->bytes) - (x->bytes < y->bytes); // empty tensors before the one they share a start with
+    return (x->bytes > y->bytes) -
+           (x->bytes < y->bytes); // empty tensors before the one they share a start with
 }
 
 static int by_name(const void *a, const void *b)
@@ -132,15 +138,17 @@ static keel_status check_places(const struct reader *r, struct keel_st *s)
     qsort(s->tensors, s->n, sizeof *s->tensors, by_place);
     for (size_t i = 0; i < s->n; i++) {
         if (s->tensors[i].data != at) {
-            KEEL_ERROR(r->log, "%s: tensor '%s' starts at byte %td of the data, where byte %td was due: overlap or hole", r->name,
-                       s->tensors[i].name, s->tensors[i].data - r->data, at - r->data);
+            KEEL_ERROR(
+                r->log,
+                "%s: tensor '%s' starts at byte %td of the data, where byte %td was due: overlap or hole",
+                r->name, s->tensors[i].name, s->tensors[i].data - r->data, at - r->data);
             return KEEL_ERR_FORMAT;
         }
         at += s->tensors[i].bytes;
     }
     if (at != r->data + r->len) {
-        KEEL_ERROR(r->log, "%s: %td bytes after the last tensor belong to none: truncated header or damaged", r->name,
-                   r->data + r->len - at);
+        KEEL_ERROR(r->log, "%s: %td bytes after the last tensor belong to none: truncated header or damaged",
+                   r->name, r->data + r->len - at);
         return KEEL_ERR_FORMAT;
     }
     return KEEL_OK;
@@ -166,7 +174,8 @@ static keel_status read_entries(const struct reader *r, struct keel_st *s)
             json_object_foreach(value, meta_key, meta_value)
             {
                 if (!json_is_string(meta_value)) {
-                    KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: metadata '%s' is not a string", r->name, meta_key);
+                    KEEL_FAIL(r->log, KEEL_ERR_FORMAT, "%s: metadata '%s' is not a string", r->name,
+                              meta_key);
                 }
             }
             continue;
@@ -180,7 +189,8 @@ out:
     return st;
 }
 
-keel_status keel_st_parse(keel_st **out, const uint8_t *data, size_t len, const char *name, const keel_log *log)
+keel_status keel_st_parse(keel_st **out, const uint8_t *data, size_t len, const char *name,
+                          const keel_log *log)
 {
     keel_status st = KEEL_OK;
     json_error_t err;
@@ -196,7 +206,9 @@ keel_status keel_st_parse(keel_st **out, const uint8_t *data, size_t len, const 
     memcpy(&header, data, sizeof header);
     if (header > len - sizeof header || header > MAX_HEADER_BYTES) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT,
-                  "%s: offset 0: a header of %" PRIu64 " bytes does not fit: truncated, or no safetensors file", name, header);
+                  "%s: offset 0: a header of %" PRIu64
+                  " bytes does not fit: truncated, or no safetensors file",
+                  name, header);
     }
     s->root = json_loadb((const char *)data + sizeof header, (size_t)header, JSON_REJECT_DUPLICATES, &err);
     if (!s->root) {
@@ -295,7 +307,8 @@ void keel_st_to_f32(const struct keel_st_tensor *t, float *dst)
 
 // --- writing -------------------------------------------------------------------------------------
 
-static keel_status add_entry(json_t *root, const struct keel_st_tensor *t, uint64_t *offset, const keel_log *log)
+static keel_status add_entry(json_t *root, const struct keel_st_tensor *t, uint64_t *offset,
+                             const keel_log *log)
 {
     keel_status st = KEEL_OK;
     json_t *shape = NULL;
@@ -303,7 +316,8 @@ static keel_status add_entry(json_t *root, const struct keel_st_tensor *t, uint6
     if (t->n_dims > KEEL_ST_MAX_DIMS || (unsigned)t->type >= KEEL_COUNT(types) ||
         !keel_utf8_valid(t->name, strlen(t->name), NULL) || strcmp(t->name, "__metadata__") == 0 ||
         json_object_get(root, t->name)) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "cannot write tensor '%s': its name is taken or not UTF-8, or its type or shape unknown",
+        KEEL_FAIL(log, KEEL_ERR_ARG,
+                  "cannot write tensor '%s': its name is taken or not UTF-8, or its type or shape unknown",
                   t->name);
     }
     shape = json_array();
@@ -315,8 +329,8 @@ static keel_status add_entry(json_t *root, const struct keel_st_tensor *t, uint6
         json_array_append_new(shape, json_integer((json_int_t)t->dims[i]));
     }
     const uint64_t end = *offset + n * types[t->type].bytes;
-    json_t *entry = json_pack("{s:s, s:O, s:[I, I]}", "dtype", types[t->type].name, "shape", shape, "data_offsets",
-                              (json_int_t)*offset, (json_int_t)end);
+    json_t *entry = json_pack("{s:s, s:O, s:[I, I]}", "dtype", types[t->type].name, "shape", shape,
+                              "data_offsets", (json_int_t)*offset, (json_int_t)end);
     if (!entry || json_array_size(shape) != t->n_dims || json_object_set_new(root, t->name, entry) != 0) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of memory for a safetensors header");
     }
@@ -343,8 +357,8 @@ static keel_status add_meta(json_t *root, const struct keel_pair *meta, size_t n
     return KEEL_OK;
 }
 
-keel_status keel_st_write_header(FILE *f, const struct keel_st_tensor *tensors, size_t n, const struct keel_pair *meta,
-                                 size_t n_meta, const keel_log *log)
+keel_status keel_st_write_header(FILE *f, const struct keel_st_tensor *tensors, size_t n,
+                                 const struct keel_pair *meta, size_t n_meta, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     uint64_t offset = 0;
@@ -361,9 +375,11 @@ keel_status keel_st_write_header(FILE *f, const struct keel_st_tensor *tensors, 
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of memory for a safetensors header");
     }
     const size_t len = strlen(text);
-    const uint64_t padded = keel_align_up(len, 8); // data then starts at a multiple of 8; spaces, as the format says
+    const uint64_t padded =
+        keel_align_up(len, 8); // data then starts at a multiple of 8; spaces, as the format says
     if (padded > MAX_HEADER_BYTES) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "cannot write a safetensors file: a header of %zu bytes is beyond the format's limit", len);
+        KEEL_FAIL(log, KEEL_ERR_ARG,
+                  "cannot write a safetensors file: a header of %zu bytes is beyond the format's limit", len);
     }
     if (fwrite(&padded, sizeof padded, 1, f) != 1 || fwrite(text, 1, len, f) != len ||
         fwrite("        ", 1, (size_t)padded - len, f) != (size_t)padded - len) {
@@ -375,8 +391,8 @@ out:
     return st;
 }
 
-keel_status keel_st_write(FILE *f, const struct keel_st_tensor *tensors, size_t n, const struct keel_pair *meta,
-                          size_t n_meta, const keel_log *log)
+keel_status keel_st_write(FILE *f, const struct keel_st_tensor *tensors, size_t n,
+                          const struct keel_pair *meta, size_t n_meta, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     KEEL_TRY(keel_st_write_header(f, tensors, n, meta, n_meta, log));

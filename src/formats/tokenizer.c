@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// formats/tokenizer.c: SentencePiece BPE as Gemma uses it. Text is normalised (space to U+2581), user-defined pieces are cut out
-// longest first and stay whole, the rest starts as single characters and the adjacent pair with the best score is merged until
-// none is left; what is no piece falls back to byte tokens.
-// Source: sentencepiece, bpe_model.cc and prefix matcher of normalizer.cc; same ids as transformers and llama.cpp.
+// formats/tokenizer.c: SentencePiece BPE as Gemma uses it. Text is normalised (space to U+2581), user-defined
+// pieces are cut out longest first and stay whole, the rest starts as single characters and the adjacent pair
+// with the best score is merged until none is left; what is no piece falls back to byte tokens. Source:
+// sentencepiece, bpe_model.cc and prefix matcher of normalizer.cc; same ids as transformers and llama.cpp.
 #include "formats.h"
 
 #include <stdlib.h>
@@ -53,7 +53,8 @@ static bool table_init(struct table *t, uint32_t n)
     return t->slot != NULL;
 }
 
-static int32_t *table_slot(const keel_tokenizer *tok, const struct table *t, const char *key, uint32_t len, uint64_t hash)
+static int32_t *table_slot(const keel_tokenizer *tok, const struct table *t, const char *key, uint32_t len,
+                           uint64_t hash)
 {
     uint32_t i = (uint32_t)(hash ^ hash >> 32) & t->mask;
     while (t->slot[i] >= 0) {
@@ -99,7 +100,10 @@ static int32_t table_longest(const keel_tokenizer *tok, const struct table *t, c
 
 static int hex_digit(char c)
 {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <= 'F' ? c - 'A' + 10 : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                                  : -1;
 }
 
 // 0x41 of "<0x41>"; -1 if the name is no byte.
@@ -194,7 +198,8 @@ static keel_status read_id(const keel_tokenizer *tok, const keel_gguf *g, const 
         return KEEL_OK;
     }
     if (v < 0 || v >= (int64_t)tok->vocab) {
-        KEEL_ERROR(tok->log, "%s: %s is %lld, but the vocabulary has %u tokens", keel_gguf_name(g), key, (long long)v, tok->vocab);
+        KEEL_ERROR(tok->log, "%s: %s is %lld, but the vocabulary has %u tokens", keel_gguf_name(g), key,
+                   (long long)v, tok->vocab);
         return KEEL_ERR_FORMAT;
     }
     *out = (int32_t)v;
@@ -230,30 +235,35 @@ static keel_status read_lists(const keel_gguf *g, struct lists *l, const keel_lo
     const char *file = keel_gguf_name(g);
     const char *model = keel_gguf_str(g, "tokenizer.ggml.model", NULL);
     if (!model) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: no tokenizer (tokenizer.ggml.model is missing); convert the model again with one", file);
+        KEEL_FAIL(log, KEEL_ERR_FORMAT,
+                  "%s: no tokenizer (tokenizer.ggml.model is missing); convert the model again with one",
+                  file);
     }
     if (strcmp(model, "llama") != 0) {
-        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: tokenizer '%s' is not supported, only SentencePiece BPE ('llama')", file, model);
+        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED,
+                  "%s: tokenizer '%s' is not supported, only SentencePiece BPE ('llama')", file, model);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.tokens", &l->tokens) || l->tokens.type != KEEL_GGUF_STR || l->tokens.n == 0 ||
-        l->tokens.n > 1u << 24) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.tokens is missing, empty or no list of strings", file);
+    if (!keel_gguf_array(g, "tokenizer.ggml.tokens", &l->tokens) || l->tokens.type != KEEL_GGUF_STR ||
+        l->tokens.n == 0 || l->tokens.n > 1u << 24) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.tokens is missing, empty or no list of strings",
+                  file);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.scores", &l->scores) || !keel_gguf_type_is_float(l->scores.type) ||
-        l->scores.n != l->tokens.n) {
+    if (!keel_gguf_array(g, "tokenizer.ggml.scores", &l->scores) ||
+        !keel_gguf_type_is_float(l->scores.type) || l->scores.n != l->tokens.n) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.scores must be %llu numbers, one a token", file,
                   (unsigned long long)l->tokens.n);
     }
-    if (!keel_gguf_array(g, "tokenizer.ggml.token_type", &l->types) || !keel_gguf_type_is_int(l->types.type) ||
-        l->types.n != l->tokens.n) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.token_type must be %llu integers, one a token", file,
-                  (unsigned long long)l->tokens.n);
+    if (!keel_gguf_array(g, "tokenizer.ggml.token_type", &l->types) ||
+        !keel_gguf_type_is_int(l->types.type) || l->types.n != l->tokens.n) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: tokenizer.ggml.token_type must be %llu integers, one a token",
+                  file, (unsigned long long)l->tokens.n);
     }
 out:
     return st;
 }
 
-static keel_status read_tokens(keel_tokenizer *tok, struct keel_text *pool, const struct lists *l, const char *file)
+static keel_status read_tokens(keel_tokenizer *tok, struct keel_text *pool, const struct lists *l,
+                               const char *file)
 {
     keel_status st = KEEL_OK;
     for (uint32_t i = 0; i < tok->vocab; i++) {
@@ -262,11 +272,13 @@ static keel_status read_tokens(keel_tokenizer *tok, struct keel_text *pool, cons
         const int64_t type = keel_gguf_array_int(&l->types, i);
         const double score = keel_gguf_array_num(&l->scores, i);
         if (len > 1u << 16 || pool->len > 1u << 30) {
-            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has %zu bytes, which cannot be right", file, i, len);
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has %zu bytes, which cannot be right", file, i,
+                      len);
         }
         if (type < 0 || type > BYTE || (type == BYTE && byte_of_name(s, len) < 0)) {
-            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u has type %lld; 0 to 6 exist, and 6 is a byte written <0xXX>", file,
-                      i, (long long)type);
+            KEEL_FAIL(tok->log, KEEL_ERR_FORMAT,
+                      "%s: token %u has type %lld; 0 to 6 exist, and 6 is a byte written <0xXX>", file, i,
+                      (long long)type);
         }
         if (!keel_utf8_valid(s, len, NULL)) {
             KEEL_FAIL(tok->log, KEEL_ERR_FORMAT, "%s: token %u is not valid UTF-8", file, i);
@@ -290,7 +302,9 @@ static keel_status check_fallback(const keel_tokenizer *tok, const char *file)
 {
     for (unsigned i = 0; i < 256 && tok->ids.unk < 0; i++) {
         if (tok->byte_id[i] < 0) {
-            KEEL_ERROR(tok->log, "%s: the vocabulary has neither the byte token <0x%02X> nor an unknown token", file, i);
+            KEEL_ERROR(tok->log,
+                       "%s: the vocabulary has neither the byte token <0x%02X> nor an unknown token", file,
+                       i);
             return KEEL_ERR_FORMAT;
         }
     }
@@ -462,7 +476,8 @@ static keel_status emit(const keel_tokenizer *tok, const char *s, uint32_t len, 
 }
 
 // A stretch of normalised text without whole pieces.
-static keel_status encode_stretch(const keel_tokenizer *tok, const char *s, size_t len, struct keel_tokens *out)
+static keel_status encode_stretch(const keel_tokenizer *tok, const char *s, size_t len,
+                                  struct keel_tokens *out)
 {
     keel_status st = KEEL_OK;
     struct bpe b = { 0 };
@@ -509,18 +524,21 @@ static keel_status encode_stretch(const keel_tokenizer *tok, const char *s, size
     return ok ? st : KEEL_ERR_NO_MEMORY;
 }
 
-keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t len, struct keel_tokenize_params p,
-                          struct keel_tokens *out)
+keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t len,
+                          struct keel_tokenize_params p, struct keel_tokens *out)
 {
     keel_status st = KEEL_OK;
     struct keel_text norm = { 0 };
     const size_t before_n = out->n;
     size_t bad;
     if (!keel_utf8_valid(text, len, &bad)) {
-        KEEL_FAIL(tok->log, KEEL_ERR_DATA, "the text is not valid UTF-8: byte 0x%02x at offset %zu", (uint8_t)text[bad], bad);
+        KEEL_FAIL(tok->log, KEEL_ERR_DATA, "the text is not valid UTF-8: byte 0x%02x at offset %zu",
+                  (uint8_t)text[bad], bad);
     }
-    if (len >= UINT64_C(1) << 29) { // so that offsets of the normalised text, three times as long, fit 31 bits
-        KEEL_FAIL(tok->log, KEEL_ERR_DATA, "the text has %zu bytes; tokenize it in parts of at most 512 MiB", len);
+    if (len >=
+        UINT64_C(1) << 29) { // so that offsets of the normalised text, three times as long, fit 31 bits
+        KEEL_FAIL(tok->log, KEEL_ERR_DATA, "the text has %zu bytes; tokenize it in parts of at most 512 MiB",
+                  len);
     }
     if (p.bos && tok->ids.bos >= 0) {
         KEEL_TRY(keel_tokens_add(out, tok->ids.bos));
@@ -544,7 +562,8 @@ keel_status keel_tokenize(const keel_tokenizer *tok, const char *text, size_t le
     const bool *starts = p.special ? tok->starts_control : tok->starts_whole;
     size_t from = 0;
     for (size_t i = 0; i < norm.len;) {
-        const int32_t id = starts[(uint8_t)norm.data[i]] ? table_longest(tok, whole, norm.data + i, norm.len - i) : -1;
+        const int32_t id =
+            starts[(uint8_t)norm.data[i]] ? table_longest(tok, whole, norm.data + i, norm.len - i) : -1;
         if (id < 0) {
             i++;
             continue;
@@ -593,7 +612,8 @@ int32_t keel_token_find(const keel_tokenizer *tok, const char *text)
         return id;
     }
     const int byte = byte_of_name(text, len);
-    return byte >= 0 && tok->byte_id[byte] >= 0 ? tok->byte_id[byte] : table_find(tok, &tok->pieces, text, len);
+    return byte >= 0 && tok->byte_id[byte] >= 0 ? tok->byte_id[byte]
+                                                : table_find(tok, &tok->pieces, text, len);
 }
 
 void keel_detokenize(const keel_tokenizer *tok, const int32_t *ids, size_t n, struct keel_text *out)

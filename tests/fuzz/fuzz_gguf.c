@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/fuzz/fuzz_gguf.c: any bytes as a GGUF file; what parses is read through every getter, tensors are dequantised.
+// tests/fuzz/fuzz_gguf.c: any bytes as a GGUF file; what parses is read through every getter, tensors are
+// dequantised.
 #include "fuzz.h"
 
 #include <stdlib.h>

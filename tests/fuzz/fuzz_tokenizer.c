@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// tests/fuzz/fuzz_tokenizer.c: the bytes before the first 0xff spell a vocabulary (one token a line: a type digit, then its text),
-// those after it a text. Valid text without control tokens must come back as it was.
+// tests/fuzz/fuzz_tokenizer.c: the bytes before the first 0xff spell a vocabulary (one token a line: a type
+// digit, then its text), those after it a text. Valid text without control tokens must come back as it was.
 #include "fuzz.h"
 
 #include <stdlib.h>
@@ -64,7 +64,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
         for (int special = 0; special < 2; special++) {
             struct keel_tokens t = { 0 };
             struct keel_text back = { 0 };
-            const keel_status st = keel_tokenize(tok, text, n_text, (struct keel_tokenize_params){ .special = special }, &t);
+            const keel_status st =
+                keel_tokenize(tok, text, n_text, (struct keel_tokenize_params){ .special = special }, &t);
             KEEL_ASSERT((st == KEEL_OK) == keel_utf8_valid(text, n_text, NULL));
             keel_detokenize(tok, t.ids, t.n, &back);
             // U+2581 comes back as a space, by the design of SentencePiece.
