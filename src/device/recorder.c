@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define POOL_SETS 256u     // descriptor sets in one pool
+#define POOL_SETS 256u     // descriptor sets in one pool, all of one layout
 #define PROFILE_MOST 1024u // dispatches in one part while profiling: one query each
 #define HAZARDS_MOST 64u   // ranges remembered since the last barrier; beyond it a barrier is cheaper than a long search
 #define GROUPS_MOST 65535u // workgroups in y and z that every device takes
@@ -34,13 +34,20 @@ struct entry {
     uint64_t flops, bytes;
 };
 
+// Descriptor sets of one layout. They are allocated once and written again for each list: allocating costs some drivers 10 us a
+// set (lavapipe 26.1.6), writing next to nothing.
+struct set_list {
+    VkDescriptorPool *pools;
+    VkDescriptorSet *sets; // POOL_SETS from each pool
+    uint32_t n_pools, used;
+};
+
 // One submission: a command buffer and all that lives as long as it.
 struct part {
     VkCommandBuffer cmd;
     VkFence fence;
     VkQueryPool queries; // [0] start, then the end of each dispatch (profiling) or of all; absent without timestamps
-    VkDescriptorPool *pools;
-    uint32_t n_pools, pool_at, sets_left;
+    struct set_list sets[KEEL_MAX_BINDS + 1]; // by number of bindings
     struct entry *entries; // profiling only
     uint32_t n_entries, cap_entries;
     uint32_t n; // commands that do work
@@ -84,12 +91,15 @@ static bool vk_ok(keel_recorder *rec, VkResult r, const char *what)
 
 static void free_part(keel_device *dev, struct part *p)
 {
-    for (uint32_t i = 0; i < p->n_pools; ++i) {
-        dev->vk.vkDestroyDescriptorPool(dev->handle, p->pools[i], NULL);
+    for (uint32_t n = 0; n <= KEEL_MAX_BINDS; ++n) {
+        for (uint32_t i = 0; i < p->sets[n].n_pools; ++i) {
+            dev->vk.vkDestroyDescriptorPool(dev->handle, p->sets[n].pools[i], NULL);
+        }
+        free(p->sets[n].pools);
+        free(p->sets[n].sets);
     }
     dev->vk.vkDestroyQueryPool(dev->handle, p->queries, NULL);
     dev->vk.vkDestroyFence(dev->handle, p->fence, NULL);
-    free(p->pools);
     free(p->entries);
     free(p);
 }
@@ -259,11 +269,9 @@ static void begin_part(keel_recorder *rec)
         return;
     }
     wait_part(rec, p);
-    for (uint32_t i = 0; i < p->n_pools; ++i) {
-        (void)dev->vk.vkResetDescriptorPool(dev->handle, p->pools[i], 0);
+    for (uint32_t n = 0; n <= KEEL_MAX_BINDS; ++n) {
+        p->sets[n].used = 0;
     }
-    p->pool_at = 0;
-    p->sets_left = p->n_pools ? POOL_SETS : 0;
     p->n = p->n_entries = 0;
     p->flops = p->bytes = 0;
     p->est_ns = 0.0;
@@ -439,39 +447,48 @@ out:
     return st;
 }
 
-static VkDescriptorSet new_set(keel_recorder *rec, uint32_t n_bind)
+// Adds a pool and its sets to a list.
+static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t n_bind)
 {
     keel_device *dev = rec->dev;
-    struct part *p = rec->open;
-    VkDescriptorSet set = VK_NULL_HANDLE;
-    if (p->sets_left == 0 && p->pool_at + 1 < p->n_pools) {
-        ++p->pool_at;
-        p->sets_left = POOL_SETS;
-    } else if (p->sets_left == 0) {
-        const VkDescriptorPoolSize size = {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * KEEL_MAX_BINDS};
-        const VkDescriptorPoolCreateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = POOL_SETS,
-                                                 .poolSizeCount = 1, .pPoolSizes = &size};
-        VkDescriptorPool *pools = realloc(p->pools, (p->n_pools + 1) * sizeof(VkDescriptorPool));
-        if (!pools) {
-            KEEL_ERROR(dev->log, "out of host memory while recording");
-            fail(rec, KEEL_ERR_NO_MEMORY);
-            return VK_NULL_HANDLE;
-        }
-        p->pools = pools;
-        if (!vk_ok(rec, dev->vk.vkCreateDescriptorPool(dev->handle, &info, NULL, &p->pools[p->n_pools]), "making descriptors")) {
-            return VK_NULL_HANDLE;
-        }
-        p->pool_at = p->n_pools++;
-        p->sets_left = POOL_SETS;
+    VkDescriptorSetLayout layouts[POOL_SETS];
+    const VkDescriptorPoolSize size = {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * n_bind};
+    const VkDescriptorPoolCreateInfo pool = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = POOL_SETS,
+                                             .poolSizeCount = 1, .pPoolSizes = &size};
+    VkDescriptorPool *pools = realloc(l->pools, (l->n_pools + 1) * sizeof(VkDescriptorPool));
+    l->pools = pools ? pools : l->pools;
+    VkDescriptorSet *sets = realloc(l->sets, (size_t)(l->n_pools + 1) * POOL_SETS * sizeof(VkDescriptorSet));
+    l->sets = sets ? sets : l->sets;
+    if (!pools || !sets) {
+        KEEL_ERROR(dev->log, "out of host memory while recording");
+        fail(rec, KEEL_ERR_NO_MEMORY);
+        return false;
+    }
+    if (!vk_ok(rec, dev->vk.vkCreateDescriptorPool(dev->handle, &pool, NULL, &l->pools[l->n_pools]), "making descriptors")) {
+        return false;
+    }
+    for (uint32_t i = 0; i < POOL_SETS; ++i) {
+        layouts[i] = dev->pipelines.set_layouts[n_bind];
     }
     const VkDescriptorSetAllocateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_ALLOCATE_INFO,
-                                              .descriptorPool = p->pools[p->pool_at], .descriptorSetCount = 1,
-                                              .pSetLayouts = &dev->pipelines.set_layouts[n_bind]};
-    if (!vk_ok(rec, dev->vk.vkAllocateDescriptorSets(dev->handle, &info, &set), "making descriptors")) {
+                                              .descriptorPool = l->pools[l->n_pools], .descriptorSetCount = POOL_SETS,
+                                              .pSetLayouts = layouts};
+    if (!vk_ok(rec, dev->vk.vkAllocateDescriptorSets(dev->handle, &info, l->sets + (size_t)l->n_pools * POOL_SETS),
+               "making descriptors")) {
+        dev->vk.vkDestroyDescriptorPool(dev->handle, l->pools[l->n_pools], NULL);
+        return false;
+    }
+    ++l->n_pools;
+    return true;
+}
+
+static VkDescriptorSet next_set(keel_recorder *rec, uint32_t n_bind)
+{
+    struct set_list *l = &rec->open->sets[n_bind];
+    if (l->used == l->n_pools * POOL_SETS && !grow_sets(rec, l, n_bind)) {
         return VK_NULL_HANDLE;
     }
-    --p->sets_left;
-    return set;
+    return l->sets[l->used++];
 }
 
 static void write_set(keel_device *dev, VkDescriptorSet set, const struct keel_dispatch *d)
@@ -512,7 +529,7 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
     }
     const VkCommandBuffer cmd = rec->open->cmd;
     if (d->n_bind > 0) {
-        const VkDescriptorSet set = new_set(rec, d->n_bind);
+        const VkDescriptorSet set = next_set(rec, d->n_bind);
         if (!set) {
             return;
         }
