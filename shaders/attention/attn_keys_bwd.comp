@@ -4,6 +4,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "attention/attention.h"
 
 layout(local_size_x_id = 0) in;               // 64
@@ -15,6 +16,14 @@ layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
 layout(set = 0, binding = 1) restrict readonly buffer A { float a[]; };        // [T, H, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // lo, hi, slot, q_lo, q_hi
 layout(set = 0, binding = 3) restrict writeonly buffer D { float dkv[]; };     // [T, G, d]
+
+float weight(uint h, uint t, uint j)
+{
+    const uint lo = spans[t * 8u], hi = spans[t * 8u + 1u];
+    const bool seen = j >= lo && j < hi;
+    const float v = p[(h * pc.p_rows + t) * pc.p_cols + (seen ? j - lo : 0u)];
+    return seen ? v : 0.0;
+}
 
 void main()
 {
@@ -33,22 +42,22 @@ void main()
         acc[i] = 0.0;
     }
     [[dont_unroll]] for (uint h = g * per; h < (g + 1u) * per; h++) {
-        [[dont_unroll]] for (uint t = t_first; t < t_end; t++) {
-            const uint lo = spans[t * 8u], hi = spans[t * 8u + 1u];
-            const uint at = (h * pc.p_rows + t) * pc.p_cols;
-            float w[GROUP];
-            [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                const uint j = j0 + i;
-                const bool seen = j >= lo && j < hi;
-                const float pv = p[at + (seen ? j - lo : 0u)];
-                w[i] = seen ? pv : 0.0;
+        [[dont_unroll]] for (uint t = t_first; t < t_end; t += 8u) {
+            EIGHT(w, GROUP); // probabilities of four keys for eight tokens
+            [[unroll]] for (uint n = 0; n < GROUP; n++) {
+                FILL_EIGHT(w, n, I, weight(h, min(t + I, t_end - 1u), j0 + n))
             }
-            [[unroll]] for (uint e = 0; e < ELEMS; e++) {
-                const float av = a[(t * pc.n_heads + h) * pc.head_dim + min(gl_LocalInvocationID.x + 64u * e, last)];
-                [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                    acc[i * ELEMS + e] += w[i] * av;
-                }
-            }
+#define MAC(i) \
+    if (t + i < t_end) { \
+        const uint row = ((t + i) * pc.n_heads + h) * pc.head_dim; \
+        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
+            const float av = a[row + min(gl_LocalInvocationID.x + 64u * e, last)]; \
+            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
+                acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * av; \
+            } \
+        } \
+    }
+            EACH_EIGHT(MAC)
         }
     }
     [[unroll]] for (uint i = 0; i < GROUP; i++) {

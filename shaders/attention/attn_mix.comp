@@ -4,6 +4,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "attention/attention.h"
 
 layout(local_size_x_id = 0) in;              // 64
@@ -15,6 +16,13 @@ layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
 layout(set = 0, binding = 1) restrict readonly buffer B { float b[]; };        // [R, G, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; };
 layout(set = 0, binding = 3) restrict writeonly buffer O { float o[]; };       // [T, H, d]
+
+float weight(uint at, uint j, uint lo, uint hi)
+{
+    const bool seen = j >= lo && j < hi;
+    const float v = p[at + (seen ? j - lo : 0u)];
+    return seen ? v : 0.0;
+}
 
 void main()
 {
@@ -38,21 +46,23 @@ void main()
         acc[i] = 0.0;
     }
     uint slot = first % pc.kv_rows;
-    [[dont_unroll]] for (uint j = first; j < end; j++) {
-        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim;
-        slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u;
-        float w[GROUP];
+    [[dont_unroll]] for (uint j = first; j < end; j += 8u) {
+        EIGHT(w, GROUP); // probabilities of eight keys; 0 for keys that a token does not see
         [[unroll]] for (uint i = 0; i < GROUP; i++) {
-            const bool seen = j >= lo[i] && j < hi[i];
-            const float pv = p[at[i] + (seen ? j - lo[i] : 0u)];
-            w[i] = seen ? pv : 0.0;
+            FILL_EIGHT(w, i, I, weight(at[i], j + I, lo[i], hi[i]))
         }
-        [[unroll]] for (uint e = 0; e < ELEMS; e++) {
-            const float bv = b[key + min(gl_LocalInvocationID.x + 64u * e, last)];
-            [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                acc[i * ELEMS + e] += w[i] * bv;
-            }
-        }
+#define MAC(i) \
+    if (j + i < end) { \
+        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim; \
+        slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
+        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
+            const float bv = b[key + min(gl_LocalInvocationID.x + 64u * e, last)]; \
+            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
+                acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * bv; \
+            } \
+        } \
+    }
+        EACH_EIGHT(MAC)
     }
     [[unroll]] for (uint i = 0; i < GROUP; i++) {
         if (row0 + i < pc.p_rows) {

@@ -4,6 +4,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "attention/attention.h"
 
 layout(local_size_x_id = 0) in; // 64
@@ -38,12 +39,18 @@ void main()
         const uint key = (min(j, end - 1u) % pc.kv_rows * pc.n_kv_heads + g) * pc.head_dim;
         uint d = 0;
         [[dont_unroll]] for (; d + 8u <= pc.head_dim; d += 8u) {
-            [[unroll]] for (uint e = 0; e < 8u; e++) {
-                const float kv = b[key + d + e];
-                [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                    acc[i] += a[at[i] + d + e] * kv;
-                }
+            EIGHT(av, GROUP);
+            [[unroll]] for (uint i = 0; i < GROUP; i++) {
+                FILL_EIGHT(av, i, I, a[at[i] + d + I])
             }
+#define MAC(e) \
+    { \
+        const float kv = b[key + d + e]; \
+        [[unroll]] for (uint i = 0; i < GROUP; i++) { \
+            acc[i] += PICK_EIGHT(av, i, e) * kv; \
+        } \
+    }
+            EACH_EIGHT(MAC)
         }
         [[dont_unroll]] for (; d < pc.head_dim; d++) {
             const float kv = b[key + d];

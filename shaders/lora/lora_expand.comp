@@ -3,6 +3,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "lora/lora.h"
 
 layout(local_size_x_id = 0) in;                // 64
@@ -25,11 +26,19 @@ void main()
         row[t] = min(t0 + t, pc.n_tokens - 1u) * pc.rank;
         acc[t] = 0.0;
     }
-    [[dont_unroll]] for (uint c = 0; c < pc.rank; c++) {
-        const float mv = m[at + c * pc.s_rank];
+    [[dont_unroll]] for (uint c = 0; c < pc.rank; c += 8u) {
+        EIGHT(hv, TOKENS);
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-            acc[t] += h[row[t] + c] * mv;
+            FILL_EIGHT(hv, t, I, h[row[t] + min(c + I, pc.rank - 1u)])
         }
+#define MAC(i) \
+    { \
+        const float mv = c + i < pc.rank ? m[at + min(c + i, pc.rank - 1u) * pc.s_rank] : 0.0; \
+        [[unroll]] for (uint t = 0; t < TOKENS; t++) { \
+            acc[t] += PICK_EIGHT(hv, t, i) * mv; \
+        } \
+    }
+        EACH_EIGHT(MAC)
     }
     if (n < pc.wide) {
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {

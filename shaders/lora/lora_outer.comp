@@ -3,6 +3,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "lora/lora.h"
 
 layout(local_size_x_id = 0) in; // 64
@@ -19,17 +20,16 @@ void main()
     const uint c0 = gl_WorkGroupID.y * COLS;
     const uint nn = min(n, pc.wide - 1u);
 
-    uint col[COLS];
     float acc[COLS];
     [[unroll]] for (uint i = 0; i < COLS; i++) {
-        col[i] = min(c0 + i, pc.rank - 1u);
         acc[i] = 0.0;
     }
     [[dont_unroll]] for (uint t = 0; t < pc.n_tokens; t++) {
         const float zv = z[t * pc.wide + nn];
-        [[unroll]] for (uint i = 0; i < COLS; i++) {
-            acc[i] += zv * h[t * pc.rank + col[i]];
-        }
+        EIGHT(hv, 1);
+        FILL_EIGHT(hv, 0u, I, h[t * pc.rank + min(c0 + I, pc.rank - 1u)])
+#define MAC(i) acc[i] += zv * PICK_EIGHT(hv, 0u, i);
+        EACH_EIGHT(MAC)
     }
     if (n < pc.wide) {
         [[unroll]] for (uint i = 0; i < COLS; i++) {

@@ -3,6 +3,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
+#include "common/exchange.glsl"
 #include "lora/lora.h"
 
 layout(local_size_x_id = 0) in;                // 64
@@ -19,22 +20,28 @@ shared float part[SLICES > 1 ? 64 * COLS : 1];
 void main()
 {
     const uint lane = gl_LocalInvocationID.x;
-    const uint slice = SLICES == 1 ? 0u : lane % SLICES;
-    const uint t = gl_WorkGroupID.x * (64u / SLICES) + lane / SLICES;
+    // Eight neighbouring lanes have the same slice as long as there are eight tokens, so that they can share values of M.
+    const uint tokens = 64u / SLICES;
+    const uint slice = SLICES == 1 ? 0u : lane / tokens;
+    const uint t = gl_WorkGroupID.x * tokens + lane % tokens;
     const uint c0 = gl_WorkGroupID.y * COLS;
     const uint row = min(t, pc.n_tokens - 1u) * pc.wide;
 
-    uint col[COLS];
     float acc[COLS];
     [[unroll]] for (uint i = 0; i < COLS; i++) {
-        col[i] = min(c0 + i, pc.rank - 1u) * pc.s_rank;
         acc[i] = 0.0;
     }
     [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
         const float xv = x[row + k];
-        const uint at = k * pc.s_wide;
-        [[unroll]] for (uint i = 0; i < COLS; i++) {
-            acc[i] += xv * m[at + col[i]];
+        EIGHT(mv, 1);
+        if (SLICES <= 8) {
+            FILL_EIGHT(mv, 0u, I, m[k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank])
+#define MAC(i) acc[i] += xv * PICK_EIGHT(mv, 0u, i);
+            EACH_EIGHT(MAC)
+        } else {
+            [[unroll]] for (uint i = 0; i < COLS; i++) {
+                acc[i] += xv * m[k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank];
+            }
         }
     }
     if (SLICES > 1) {
@@ -43,11 +50,11 @@ void main()
         }
         barrier();
         // One lane a (token, column): sums that token's slices in order.
-        for (uint o = lane; o < 64u / SLICES * COLS; o += 64u) {
-            const uint tt = gl_WorkGroupID.x * (64u / SLICES) + o / COLS, c = c0 + o % COLS;
+        for (uint o = lane; o < tokens * COLS; o += 64u) {
+            const uint tt = gl_WorkGroupID.x * tokens + o / COLS, c = c0 + o % COLS;
             float sum = 0.0;
             for (uint i = 0; i < SLICES; i++) {
-                sum += part[(o / COLS * SLICES + i) * COLS + o % COLS];
+                sum += part[(i * tokens + o / COLS) * COLS + o % COLS];
             }
             if (tt < pc.n_tokens && c < pc.rank) {
                 h[tt * pc.rank + c] = pc.scale * sum;

@@ -14,6 +14,9 @@
 #define WRITE(s) { (s), KEEL_WRITE }
 #define UPDATE(s) { (s), KEEL_READ_WRITE }
 
+// The base module or the one that exchanges values between lanes.
+#define PICK(rec, name) (keel_device_caps(keel_recorder_device(rec))->exchange ? &keel_sh_##name##_x : &keel_sh_##name)
+
 // How many of `total` units, each of `flops`, one dispatch should take: as many as the recorder's quantum allows, a multiple
 // of `step`, at least `step`.
 static inline uint32_t units_per_dispatch(const keel_recorder *rec, uint32_t total, uint64_t flops, uint32_t step)

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+// shaders/common/exchange.glsl: eight values that all lanes of a workgroup need. The base form reads them with the same address in
+// every lane (one scalar load on a GPU); EXCHANGE reads each in one lane of eight and broadcasts it (CPU drivers read lane by lane).
+//   EIGHT(v, n)             declares n groups of eight
+//   FILL_EIGHT(v, g, I, e)  group g, value I is e; e must be a valid expression for I = 0 ... 7
+//   PICK_EIGHT(v, g, i)     value i (a literal) of group g
+//   EACH_EIGHT(X)           X(0u) ... X(7u)
+#ifdef EXCHANGE
+#extension GL_KHR_shader_subgroup_ballot : require
+#define EIGHT(v, n) float v[n]
+#define FILL_EIGHT(v, g, I, e) \
+    { \
+        const uint I = gl_SubgroupInvocationID & 7u; \
+        v[g] = e; \
+    }
+#define PICK_EIGHT(v, g, i) subgroupBroadcast(v[g], i)
+#else
+#define EIGHT(v, n) float v[(n) * 8]
+#define FILL_EIGHT(v, g, I, e) \
+    [[unroll]] for (uint I = 0; I < 8u; I++) { \
+        v[(g) * 8u + I] = e; \
+    }
+#define PICK_EIGHT(v, g, i) v[(g) * 8u + (i)]
+#endif
+#define EACH_EIGHT(X) X(0u) X(1u) X(2u) X(3u) X(4u) X(5u) X(6u) X(7u)
