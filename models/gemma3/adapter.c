@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT
+// gemma3/adapter.c: LoRA adapters on the device: made new, loaded, saved. Owns the layout of all parameters as one vector.
+// Source: Hu et al. 2021; initialisation as PEFT's LoraLayer.reset_lora_parameters (A Kaiming-uniform with a = sqrt(5), B zero).
+#include "gemma3.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t pair_bytes(uint32_t rank, uint32_t k, uint32_t n)
+{
+    return keel_align_up(4ull * rank * k, 256) + keel_align_up(4ull * rank * n, 256);
+}
+
+uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets)
+{
+    uint64_t layer = 0;
+    for (uint32_t i = 0; i < KEEL_N_PROJ; i++) {
+        uint32_t k, n;
+        keel_proj_shape(model, i, &k, &n);
+        layer += targets >> i & 1 ? pair_bytes(rank, k, n) : 0;
+    }
+    return layer * model->cfg.n_layers;
+}
+
+// Allocates the device side for the pairs' ranks and scales that are already set.
+static keel_status place_pairs(keel_adapter *a, keel_model *model)
+{
+    keel_status st = KEEL_OK;
+    const size_t n_pairs = (size_t)a->n_layers * KEEL_N_PROJ;
+    uint64_t at = 0;
+    for (size_t i = 0; i < n_pairs; i++) {
+        keel_proj_shape(model, i % KEEL_N_PROJ, &a->pair[i].k, &a->pair[i].n);
+        at += a->pair[i].rank ? pair_bytes(a->pair[i].rank, a->pair[i].k, a->pair[i].n) : 0;
+    }
+    if (at == 0 || at > keel_device_caps(model->dev)->max_buffer) {
+        KEEL_FAIL(model->log, at ? KEEL_ERR_UNSUPPORTED : KEEL_ERR_ARG,
+                  at ? "an adapter of %.0f MB does not fit one buffer of this device; lower the rank or choose fewer targets"
+                     : "the adapter has no parameters%.0f",
+                  (double)at / 1e6);
+    }
+    KEEL_TRY(keel_heap_create(&a->heap, model->dev, KEEL_HEAP_DEVICE, "LoRA weights"));
+    KEEL_TRY(keel_heap_alloc(a->heap, at, &a->params));
+    a->n_floats = at / 4;
+    at = 0;
+    for (size_t i = 0; i < n_pairs; i++) {
+        struct keel_lora *p = &a->pair[i];
+        if (p->rank == 0) {
+            continue;
+        }
+        p->a = keel_span_sub(a->params, at, 4ull * p->rank * p->k);
+        at += keel_align_up(p->a.bytes, 256);
+        p->b = keel_span_sub(a->params, at, 4ull * p->rank * p->n);
+        at += keel_align_up(p->b.bytes, 256);
+        a->n_params += (uint64_t)p->rank * (p->k + p->n);
+    }
+out:
+    return st;
+}
+
+static keel_status new_adapter(keel_adapter **out, const keel_model *model)
+{
+    keel_adapter *a = calloc(1, sizeof *a);
+    *out = NULL;
+    if (a) {
+        a->n_layers = model->cfg.n_layers;
+        a->scale = 1.0f;
+        a->pair = calloc((size_t)a->n_layers * KEEL_N_PROJ, sizeof *a->pair);
+    }
+    if (!a || !a->pair) {
+        free(a);
+        KEEL_ERROR(model->log, "no memory for an adapter");
+        return KEEL_ERR_NO_MEMORY;
+    }
+    *out = a;
+    return KEEL_OK;
+}
+
+keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, uint64_t seed)
+{
+    keel_status st = KEEL_OK;
+    keel_adapter *a = NULL;
+    float *host = NULL;
+    *out = NULL;
+    KEEL_TRY(new_adapter(&a, model));
+    a->rank = rank;
+    a->alpha = alpha;
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        a->pair[i].rank = targets >> (i % KEEL_N_PROJ) & 1 ? rank : 0;
+        a->pair[i].scale = alpha / (float)rank;
+    }
+    KEEL_TRY(place_pairs(a, model));
+    host = calloc(a->n_floats, sizeof *host);
+    if (!host) {
+        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "no memory for an adapter of %.1f MB", (double)a->n_floats * 4e-6);
+    }
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        const struct keel_lora *p = &a->pair[i];
+        struct keel_rng rng = keel_rng_make(seed, UINT64_C(0x4c6f5241) << 32 | i); // a stream of its own for each tensor
+        const double bound = 1.0 / sqrt((double)p->k);
+        float *dst = host + (p->rank ? (p->a.offset - a->params.offset) / 4 : 0);
+        for (uint64_t e = 0; e < (uint64_t)p->rank * p->k; e++) {
+            dst[e] = (float)((2.0 * keel_rng_uniform(&rng) - 1.0) * bound);
+        }
+    }
+    KEEL_TRY(keel_upload(model->dev, a->params, host, a->n_floats * sizeof *host));
+    *out = a;
+    a = NULL;
+out:
+    free(host);
+    keel_adapter_destroy(&a);
+    return st;
+}
+
+keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale)
+{
+    keel_status st = KEEL_OK;
+    keel_adapter *a = NULL;
+    float *host = NULL;
+    struct keel_adapter_file f = { 0 };
+    *out = NULL;
+    KEEL_TRY(keel_adapter_file_read(&f, model, path));
+    KEEL_TRY(new_adapter(&a, model));
+    a->rank = f.rank;
+    a->alpha = f.alpha;
+    a->scale = scale;
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        a->pair[i].rank = f.pair[i].rank;
+        a->pair[i].scale = f.pair[i].scale * scale;
+    }
+    KEEL_TRY(place_pairs(a, model));
+    host = calloc(a->n_floats, sizeof *host);
+    if (!host) {
+        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
+    }
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        const struct keel_lora *p = &a->pair[i];
+        if (p->rank > 0) {
+            memcpy(host + (p->a.offset - a->params.offset) / 4, f.pair[i].a, p->a.bytes);
+            memcpy(host + (p->b.offset - a->params.offset) / 4, f.pair[i].b, p->b.bytes);
+        }
+    }
+    KEEL_TRY(keel_upload(model->dev, a->params, host, a->n_floats * sizeof *host));
+    *out = a;
+    a = NULL;
+out:
+    free(host);
+    keel_adapter_file_finish(&f);
+    keel_adapter_destroy(&a);
+    return st;
+}
+
+keel_status keel_adapter_save(const keel_adapter *a, const keel_model *model, const char *path)
+{
+    keel_status st = KEEL_OK;
+    struct keel_adapter_file f = { 0 };
+    float *host = malloc(a->n_floats * sizeof *host);
+    if (!host) {
+        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
+    }
+    KEEL_TRY(keel_adapter_file_init(&f, model));
+    KEEL_TRY(keel_download(model->dev, host, a->params, a->n_floats * sizeof *host));
+    f.alpha = a->alpha;
+    f.rank = a->rank;
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        const struct keel_lora *p = &a->pair[i];
+        struct keel_adapter_pair *to = &f.pair[i];
+        if (p->rank == 0) {
+            continue;
+        }
+        to->rank = p->rank;
+        to->scale = p->scale / (a->scale != 0.0f ? a->scale : 1.0f); // the user's factor is no part of the adapter
+        to->a = malloc(p->a.bytes);
+        to->b = malloc(p->b.bytes);
+        if (!to->a || !to->b) {
+            KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the adapter", path);
+        }
+        memcpy(to->a, host + (p->a.offset - a->params.offset) / 4, p->a.bytes);
+        memcpy(to->b, host + (p->b.offset - a->params.offset) / 4, p->b.bytes);
+    }
+    KEEL_TRY(keel_adapter_file_write(&f, model, path));
+out:
+    free(host);
+    keel_adapter_file_finish(&f);
+    return st;
+}
+
+void keel_adapter_destroy(keel_adapter **adapter)
+{
+    keel_adapter *a = adapter ? *adapter : NULL;
+    if (!a) {
+        return;
+    }
+    keel_heap_destroy(&a->heap);
+    free(a->pair);
+    free(a);
+    *adapter = NULL;
+}

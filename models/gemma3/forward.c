@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MIT
+// gemma3/forward.c: the forward pass of a Gemma 3 text model over a batch.
+// Owns the order of ops and the layout of activations. Source: transformers' Gemma3DecoderLayer; docs/gemma3.md.
+#include "gemma3.h"
+
+#include <string.h>
+
+#define NORM(layer, t) ((layer)->norm[(t) - KEEL_N_PROJ])
+
+// --- layout --------------------------------------------------------------------------------------
+
+void keel_acts_layout(struct keel_layout *l, struct keel_acts *a, const struct keel_gemma3 *c, uint32_t cap, uint32_t max_span,
+                      bool keep, uint64_t max_range)
+{
+    const uint64_t row = (uint64_t)cap * 4;
+    a->cap = cap;
+    keel_want(l, &a->x, row * c->width);
+    keel_want(l, &a->xn, row * c->width);
+    keel_want(l, &a->q, row * keel_q_width(c));
+    keel_want(l, &a->k, row * keel_kv_width(c));
+    keel_want(l, &a->v, row * keel_kv_width(c));
+    keel_want(l, &a->qr, row * keel_q_width(c));
+    keel_want(l, &a->kr, row * keel_kv_width(c));
+    keel_want(l, &a->o, row * keel_q_width(c));
+    keel_want(l, &a->ao, row * c->width);
+    keel_want(l, &a->gate, row * c->ff_width);
+    keel_want(l, &a->up, row * c->ff_width);
+    if (keep) {
+        keel_want(l, &a->x1, row * c->width);
+        keel_want(l, &a->fn, row * c->width);
+        keel_want(l, &a->act, row * c->ff_width);
+        keel_want(l, &a->down, row * c->width);
+        const uint64_t all = 4ull * c->n_heads * cap * max_span; // the backward pass needs the whole of a group
+        keel_want(l, &a->p, KEEL_MIN(all, max_range));
+    } else {
+        a->x1 = a->x;
+        a->fn = a->xn;
+        a->act = a->gate;
+        a->down = a->ao;
+        keel_want(l, &a->p, KEEL_MIN(keel_attention_scratch(cap, c->n_heads, max_span), max_range));
+    }
+}
+
+void keel_lora_layout(struct keel_layout *l, struct keel_acts *a, uint32_t cap, uint32_t rank)
+{
+    for (uint32_t i = 0; i < KEEL_N_PROJ; i++) {
+        keel_want(l, &a->h[i], (uint64_t)cap * rank * 4);
+    }
+}
+
+// --- parts ---------------------------------------------------------------------------------------
+
+// y = W x plus what every active adapter adds. The one place where a projection is computed.
+static void project(const struct keel_pass *p, uint32_t layer, enum keel_proj proj, struct keel_span x, struct keel_span y)
+{
+    const uint32_t n = p->batch->n_tokens;
+    keel_linear(p->rec, &(struct keel_linear_params){
+                            .w = &p->model->w.block[layer].proj[proj], .x = x, .y = y, .n_tokens = n});
+    for (uint32_t i = 0; i < p->n_adapters; i++) {
+        const struct keel_lora *pair = &p->adapters[i]->pair[(size_t)layer * KEEL_N_PROJ + proj];
+        if (pair->rank > 0) {
+            keel_lora_down(p->rec, pair, x, p->acts->h[proj], n);
+            keel_lora_up(p->rec, pair, p->acts->h[proj], y, n);
+        }
+    }
+}
+
+static void norm(const struct keel_pass *p, struct keel_span x, struct keel_span w, struct keel_span residual, struct keel_span y)
+{
+    keel_rmsnorm(p->rec, &(struct keel_rmsnorm_params){.x = x,
+                                                       .w = w,
+                                                       .y = y,
+                                                       .residual = residual,
+                                                       .n_rows = p->batch->n_tokens,
+                                                       .width = p->model->cfg.width,
+                                                       .eps = p->model->cfg.eps});
+}
+
+// QK-norm and rotation of the queries in place of the batch, keys and values into the cache if there is one.
+static void heads(const struct keel_pass *p, uint32_t layer)
+{
+    const struct keel_gemma3 *c = &p->model->cfg;
+    const struct keel_gemma3_block *b = &p->model->w.block[layer];
+    const struct keel_acts *a = p->acts;
+    const uint32_t kind = c->kind[layer];
+    struct keel_heads_params h = {
+        .x = a->q,
+        .w = NORM(b, KEEL_T_Q_NORM),
+        .rope = p->batch->rope[kind],
+        .y = a->qr,
+        .n_tokens = p->batch->n_tokens,
+        .n_heads = c->n_heads,
+        .head_dim = c->head_dim,
+        .y_rows = p->batch->n_tokens,
+        .eps = c->eps,
+    };
+    keel_heads(p->rec, &h);
+    h.x = a->k;
+    h.w = NORM(b, KEEL_T_K_NORM);
+    h.n_heads = c->n_kv_heads;
+    h.y = a->kr;
+    if (p->kv) {
+        h.spans = p->batch->spans[kind];
+        h.y = p->kv->k[layer];
+        h.y_rows = p->kv->rows[kind];
+    }
+    keel_heads(p->rec, &h);
+    if (p->kv) {
+        h.x = a->v;
+        h.w = h.rope = (struct keel_span){0};
+        h.y = p->kv->v[layer];
+        keel_heads(p->rec, &h);
+    }
+}
+
+static struct keel_span rows_of(struct keel_span s, uint32_t t0, uint32_t n, uint32_t row_bytes)
+{
+    return keel_span_sub(s, (uint64_t)t0 * row_bytes, (uint64_t)n * row_bytes);
+}
+
+void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct keel_batch_group *g)
+{
+    const struct keel_gemma3 *c = &p->model->cfg;
+    const struct keel_acts *a = p->acts;
+    const uint32_t kind = c->kind[layer], q_row = keel_q_width(c) * 4, kv_row = keel_kv_width(c) * 4;
+    struct keel_attention_params at = {
+        .q = rows_of(a->qr, g->t0, g->n, q_row),
+        .o = rows_of(a->o, g->t0, g->n, q_row),
+        .spans = rows_of(p->batch->spans[kind], g->t0, g->n, sizeof(struct keel_token_span)),
+        .p = a->p,
+        .n_tokens = g->n,
+        .n_heads = c->n_heads,
+        .n_kv_heads = c->n_kv_heads,
+        .head_dim = c->head_dim,
+        .max_span = g->max_span[kind],
+        .max_union = g->max_union[kind],
+        .scale = c->attn_scale,
+    };
+    if (p->bucket > 0) {
+        at.max_span = kind == KEEL_LOCAL ? KEEL_MIN(p->bucket, c->window) : p->bucket;
+        at.max_union = at.max_span;
+    }
+    if (p->kv) {
+        at.k = p->kv->k[layer];
+        at.v = p->kv->v[layer];
+        at.kv_rows = p->kv->rows[kind];
+    } else {
+        at.k = rows_of(a->kr, g->t0, g->n, kv_row);
+        at.v = rows_of(a->v, g->t0, g->n, kv_row);
+        at.kv_rows = g->n;
+    }
+    keel_attention(p->rec, &at);
+}
+
+// --- the pass ------------------------------------------------------------------------------------
+
+void keel_pass_embed(const struct keel_pass *p)
+{
+    keel_embed(p->rec, &(struct keel_embed_params){.w = &p->model->w.embd,
+                                                   .ids = p->batch->ids,
+                                                   .y = p->acts->x,
+                                                   .n_tokens = p->batch->n_tokens,
+                                                   .scale = p->model->cfg.embed_scale});
+}
+
+void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y)
+{
+    const struct keel_gemma3 *c = &p->model->cfg;
+    const struct keel_gemma3_block *b = &p->model->w.block[layer];
+    const struct keel_acts *a = p->acts;
+    const struct keel_span nothing = {0};
+    norm(p, x, NORM(b, KEEL_T_ATTN_NORM), nothing, a->xn);
+    project(p, layer, KEEL_ATTN_Q, a->xn, a->q);
+    project(p, layer, KEEL_ATTN_K, a->xn, a->k);
+    project(p, layer, KEEL_ATTN_V, a->xn, a->v);
+    heads(p, layer);
+    for (uint32_t g = 0; g < p->batch->n_groups; g++) {
+        keel_pass_attention(p, layer, &p->batch->group[g]);
+    }
+    project(p, layer, KEEL_ATTN_OUTPUT, a->o, a->ao);
+    norm(p, a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1);
+    norm(p, a->x1, NORM(b, KEEL_T_FFN_NORM), nothing, a->fn);
+    project(p, layer, KEEL_FFN_GATE, a->fn, a->gate);
+    project(p, layer, KEEL_FFN_UP, a->fn, a->up);
+    keel_geglu(p->rec, a->gate, a->up, a->act, (uint64_t)p->batch->n_tokens * c->ff_width);
+    project(p, layer, KEEL_FFN_DOWN, a->act, a->down);
+    if (y.bytes > 0) {
+        norm(p, a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y);
+    }
+}
+
+void keel_pass_blocks(const struct keel_pass *p)
+{
+    for (uint32_t i = 0; i < p->model->cfg.n_layers; i++) {
+        keel_pass_block(p, i, p->acts->x, p->acts->x);
+    }
+}
+
+void keel_pass_head(const struct keel_pass *p, struct keel_span rows, struct keel_span logits, uint32_t n)
+{
+    keel_linear(p->rec, &(struct keel_linear_params){.w = p->model->w.head, .x = rows, .y = logits, .n_tokens = n});
+}

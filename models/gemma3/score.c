@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT
+// gemma3/score.c: log-probabilities and divergences over many rows. Rows are packed into batches; a row longer than a batch goes
+// through a cache of its own in parts. Logits are computed only where a token is scored, a chunk at a time.
+#include "session_internal.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+// One row of either kind of evaluation, and how far it got.
+struct item {
+    const int32_t *ids;
+    uint32_t n, first;
+    float *a, *b; // results [n - first]: log-probability and entropy, or divergence and its reverse; b may be NULL
+};
+
+struct place {
+    struct item *item;
+    uint32_t i; // index into a and b
+};
+
+struct run {
+    keel_session *s;
+    bool divergence;
+    struct place *place; // [n_batch] by place of the batch
+    float *kl_host;      // [n_batch, 2]
+    uint64_t done, total;
+    bool (*progress)(void *user, uint64_t done, uint64_t total);
+    void *user;
+};
+
+static void want_second(struct keel_layout *l, void *user)
+{
+    keel_session *s = user;
+    const struct keel_gemma3 *c = &s->model->cfg;
+    keel_want(l, &s->scorer.rows[1], 4ull * s->n_batch * c->width);
+    keel_want(l, &s->scorer.logits[1], 4ull * s->chunk * c->vocab);
+    keel_want(l, &s->kl, keel_div_up(s->n_batch, s->chunk) * keel_align_up(8ull * s->chunk, 256));
+}
+
+// --- recording -----------------------------------------------------------------------------------
+
+// Normalised final residual at the places into scorer.rows[which].
+static void record_rows(const struct run *r, const struct keel_kv *kv, bool adapted, uint32_t which)
+{
+    keel_session *s = r->s;
+    const struct keel_gemma3 *c = &s->model->cfg;
+    const uint32_t n = s->batch.n_places;
+    struct keel_pass p = keel_session_pass(s, s->rec, adapted);
+    p.kv = kv;
+    keel_pass_embed(&p);
+    keel_pass_blocks(&p);
+    if (n > 0) {
+        keel_gather_rows(s->rec, s->acts.x, s->batch.place, s->scorer.rows[which], n, c->width);
+        keel_rmsnorm(s->rec, &(struct keel_rmsnorm_params){ .x = s->scorer.rows[which], .w = s->model->w.output_norm,
+                                                            .y = s->scorer.rows[which], .n_rows = n, .width = c->width,
+                                                            .eps = c->eps });
+    }
+}
+
+// Logits and statistics of one chunk of model `which`.
+static void record_chunk(const struct run *r, uint32_t which, uint32_t p, uint32_t m, struct keel_span stats)
+{
+    keel_session *s = r->s;
+    const struct keel_gemma3 *c = &s->model->cfg;
+    const struct keel_pass pass = keel_session_pass(s, s->rec, false); // the head has no adapter
+    const struct keel_span rows = keel_span_sub(s->scorer.rows[which], 4ull * p * c->width, 4ull * m * c->width);
+    keel_pass_head(&pass, rows, s->scorer.logits[which], m);
+    keel_xent(s->rec, &(struct keel_xent_params){ .logits = s->scorer.logits[which],
+                                                  .targets = keel_place_span(&s->batch, s->batch.target, p, m, 4),
+                                                  .stats = stats, .partial = s->scorer.partial, .n_rows = m, .vocab = c->vocab });
+}
+
+static struct keel_span kl_span(const keel_session *s, uint32_t p, uint32_t m)
+{
+    return keel_span_sub(s->kl, p / s->chunk * keel_align_up(8ull * s->chunk, 256), 8ull * m);
+}
+
+static void record_results(const struct run *r)
+{
+    keel_session *s = r->s;
+    for (uint32_t p = 0; p < s->batch.n_places; p += s->chunk) {
+        const uint32_t m = KEEL_MIN(s->chunk, s->batch.n_places - p);
+        record_chunk(r, 0, p, m, keel_place_span(&s->batch, s->batch.stats, p, m, 16));
+        if (r->divergence) {
+            record_chunk(r, 1, p, m, s->scorer.stats);
+            keel_kl(s->rec, &(struct keel_kl_params){ .logits_p = s->scorer.logits[0], .logits_q = s->scorer.logits[1],
+                                                      .stats_p = keel_place_span(&s->batch, s->batch.stats, p, m, 16),
+                                                      .stats_q = s->scorer.stats, .kl = kl_span(s, p, m),
+                                                      .partial = s->scorer.partial, .n_rows = m, .vocab = s->model->cfg.vocab });
+        }
+    }
+}
+
+// --- results -------------------------------------------------------------------------------------
+
+static keel_status store_results(const struct run *r)
+{
+    keel_status st = KEEL_OK;
+    keel_session *s = r->s;
+    keel_span_fetch(s->model->dev, s->batch.stats);
+    for (uint32_t p = 0; p < s->batch.n_places; p += s->chunk) {
+        const uint32_t m = KEEL_MIN(s->chunk, s->batch.n_places - p);
+        const float *stats = keel_span_host(keel_place_span(&s->batch, s->batch.stats, p, m, 16));
+        if (r->divergence) {
+            KEEL_TRY(keel_download(s->model->dev, r->kl_host, kl_span(s, p, m), 8ull * m));
+        }
+        for (uint32_t i = 0; i < m; i++) {
+            const struct place *at = &r->place[p + i];
+            const float a = r->divergence ? r->kl_host[2 * i] : stats[4 * i + 2] - stats[4 * i + 1];
+            const float b = r->divergence ? r->kl_host[2 * i + 1] : stats[4 * i + 3];
+            if (!isfinite(a) || !isfinite(b)) {
+                KEEL_FAIL(s->model->log, KEEL_ERR_NUMERIC, "token %u of a row gives NaN or infinity; run `keel devices` and report the "
+                                                           "driver", at->item->first + at->i);
+            }
+            at->item->a[at->i] = a;
+            if (at->item->b) {
+                at->item->b[at->i] = b;
+            }
+        }
+    }
+out:
+    return st;
+}
+
+// Runs the batch that was put together. `kv`: caches of the models for a part of a long row, else NULL.
+static keel_status run_batch(struct run *r, const struct keel_kv *const kv[2])
+{
+    keel_status st = KEEL_OK;
+    keel_session *s = r->s;
+    keel_batch_ready(&s->batch, s->model->dev);
+    record_rows(r, kv ? kv[0] : NULL, !r->divergence, 0);
+    if (r->divergence) {
+        record_rows(r, kv ? kv[1] : NULL, true, 1);
+    }
+    record_results(r);
+    KEEL_TRY(keel_recorder_submit(s->rec));
+    KEEL_TRY(keel_recorder_wait(s->rec));
+    KEEL_TRY(store_results(r));
+    r->done += s->batch.n_tokens;
+    keel_batch_clear(&s->batch);
+    if (r->progress && !r->progress(r->user, r->done, r->total)) {
+        st = KEEL_INTERRUPTED;
+    }
+out:
+    if (st != KEEL_OK) {
+        keel_recorder_reset(s->rec);
+        keel_batch_clear(&s->batch);
+    }
+    return st;
+}
+
+// Adds tokens [from, to) of a row, with the places that predict its scored tokens. The last token predicts nothing: it is left out.
+static keel_status add_part(struct run *r, struct item *it, uint32_t from, uint32_t to, bool cached)
+{
+    keel_session *s = r->s;
+    const struct keel_batch_row row = { .ids = it->ids + from, .n = to - from, .pos = from, .cached = cached };
+    uint32_t t0;
+    const keel_status st = keel_batch_add(&s->batch, &row, &t0);
+    for (uint32_t i = from; st == KEEL_OK && i < to; i++) {
+        if (i + 1 >= it->first && i + 1 < it->n) {
+            r->place[s->batch.n_places] = (struct place){ it, i + 1 - it->first };
+            keel_batch_place(&s->batch, t0 + i - from, it->ids[i + 1], 0.0f);
+        }
+    }
+    return st;
+}
+
+static keel_status long_row(struct run *r, struct item *it)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_kv *kv[2] = { NULL, NULL };
+    KEEL_TRY(keel_session_cache(r->s, 1, &kv[0]));
+    if (r->divergence) {
+        KEEL_TRY(keel_session_cache(r->s, 2, &kv[1]));
+    }
+    for (uint32_t from = 0; from < it->n - 1; from += r->s->n_batch) {
+        KEEL_TRY(add_part(r, it, from, KEEL_MIN(from + r->s->n_batch, it->n - 1), true));
+        KEEL_TRY(run_batch(r, kv));
+    }
+out:
+    return st;
+}
+
+static keel_status check_rows(const struct run *r, const struct item *items, size_t n_items)
+{
+    keel_status st = KEEL_OK;
+    const keel_log *log = r->s->model->log;
+    for (size_t i = 0; i < n_items; i++) {
+        const struct item *it = &items[i];
+        if (it->first < 1 || it->first > it->n) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: scoring starts at token %u of %u; there must be one before it", i, it->first, it->n);
+        }
+        if (it->n > r->s->n_ctx) {
+            KEEL_FAIL(log, KEEL_ERR_DATA, "row %zu has %u tokens, the context only %u; raise --ctx or shorten the row", i, it->n,
+                      r->s->n_ctx);
+        }
+        for (uint32_t t = 0; t < it->n; t++) {
+            if (it->ids[t] < 0 || (uint32_t)it->ids[t] >= r->s->model->cfg.vocab) {
+                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i, it->ids[t]);
+            }
+        }
+    }
+out:
+    return st;
+}
+
+static keel_status run_items(struct run *r, struct item *items, size_t n_items)
+{
+    keel_status st = KEEL_OK;
+    keel_session *s = r->s;
+    KEEL_TRY(check_rows(r, items, n_items));
+    r->place = malloc(s->n_batch * sizeof *r->place);
+    r->kl_host = malloc(2ull * s->n_batch * sizeof *r->kl_host);
+    if (!r->place || !r->kl_host) {
+        KEEL_FAIL(s->model->log, KEEL_ERR_NO_MEMORY, "no memory to score %zu rows", n_items);
+    }
+    for (size_t i = 0; i < n_items; i++) {
+        r->total += items[i].n - 1;
+    }
+    keel_batch_clear(&s->batch);
+    for (size_t i = 0; i < n_items; i++) {
+        struct item *it = &items[i];
+        const uint32_t n = it->n - 1;
+        if (it->first == it->n || n == 0) {
+            continue; // nothing to score
+        }
+        if (s->batch.n_tokens > 0 && n > keel_batch_room(&s->batch)) {
+            KEEL_TRY(run_batch(r, NULL));
+        }
+        if (n > s->n_batch) {
+            KEEL_TRY(long_row(r, it));
+        } else {
+            KEEL_TRY(add_part(r, it, 0, n, false));
+        }
+    }
+    if (s->batch.n_tokens > 0) {
+        KEEL_TRY(run_batch(r, NULL));
+    }
+out:
+    free(r->place);
+    free(r->kl_host);
+    return st;
+}
+
+keel_status keel_session_score(keel_session *s, struct keel_score_row *rows, size_t n_rows,
+                               bool (*progress)(void *user, uint64_t done, uint64_t total), void *user)
+{
+    struct run r = { .s = s, .progress = progress, .user = user };
+    struct item *items = calloc(n_rows + 1, sizeof *items);
+    if (!items) {
+        KEEL_ERROR(s->model->log, "no memory to score %zu rows", n_rows);
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < n_rows; i++) {
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, rows[i].logprobs, rows[i].entropy };
+    }
+    const keel_status st = run_items(&r, items, n_rows);
+    free(items);
+    return st;
+}
+
+keel_status keel_session_kl(keel_session *s, struct keel_kl_row *rows, size_t n_rows,
+                            bool (*progress)(void *user, uint64_t done, uint64_t total), void *user)
+{
+    keel_status st = KEEL_OK;
+    struct run r = { .s = s, .divergence = true, .progress = progress, .user = user };
+    struct item *items = calloc(n_rows + 1, sizeof *items);
+    if (!items) {
+        KEEL_FAIL(s->model->log, KEEL_ERR_NO_MEMORY, "no memory to compare %zu rows", n_rows);
+    }
+    if (!s->second) {
+        KEEL_TRY(keel_layout_make(&s->second, s->model->dev, KEEL_HEAP_DEVICE, "second model's logits", want_second, s));
+    }
+    for (size_t i = 0; i < n_rows; i++) {
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, rows[i].kl, rows[i].kl_reverse };
+    }
+    KEEL_TRY(run_items(&r, items, n_rows));
+out:
+    free(items);
+    return st;
+}

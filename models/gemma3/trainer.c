@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: MIT
+// gemma3/trainer.c: forward and backward over packed rows. Each block's input is kept; its inside is computed again on the way
+// back (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+// Owns the buffers of a training pass. The optimiser and the data are the train room's.
+#include "gemma3.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NORM(layer, t) ((layer)->norm[(t) - KEEL_N_PROJ])
+
+struct grads {
+    struct keel_span x;              // [T, D] gradient of the residual stream
+    struct keel_span t;              // [T, D]
+    struct keel_span f;              // [T, F]
+    struct keel_span d_o, dq;        // [T, H·d]
+    struct keel_span dk, dv;         // [T, G·d]
+    struct keel_span ds;             // like the probabilities
+    struct keel_span dh;             // [T, r]
+};
+
+struct keel_trainer {
+    keel_model *model;
+    uint32_t max_tokens, max_row, max_loss, chunk, rank; // rank: adapter width that the buffers were made for
+    keel_heap *host, *heap, *lora;
+    struct keel_batch batch;
+    struct keel_acts acts;
+    struct grads g;
+    struct keel_span *saved; // [L] of [T, D]: block inputs
+    struct keel_span rows, normed; // [max_loss, D]: final residual at the places; then its norm, then its gradient
+    struct keel_span logits, partial;
+    keel_recorder *rec;
+};
+
+// --- layout --------------------------------------------------------------------------------------
+
+static void want_host(struct keel_layout *l, void *user)
+{
+    keel_trainer *t = user;
+    keel_batch_layout(l, &t->batch, &t->model->cfg, t->max_tokens, t->max_loss, t->chunk);
+}
+
+static void want_saved(struct keel_layout *l, keel_trainer *t)
+{
+    const struct keel_gemma3 *c = &t->model->cfg;
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        struct keel_span dummy;
+        keel_want(l, t->saved ? &t->saved[i] : &dummy, 4ull * t->max_tokens * c->width);
+    }
+}
+
+static void want_grads(struct keel_layout *l, keel_trainer *t)
+{
+    const struct keel_gemma3 *c = &t->model->cfg;
+    struct grads *g = &t->g;
+    const uint64_t row = 4ull * t->max_tokens;
+    keel_want(l, &g->x, row * c->width);
+    keel_want(l, &g->t, row * c->width);
+    keel_want(l, &g->f, row * c->ff_width);
+    keel_want(l, &g->d_o, row * keel_q_width(c));
+    keel_want(l, &g->dq, row * keel_q_width(c));
+    keel_want(l, &g->dk, row * keel_kv_width(c));
+    keel_want(l, &g->dv, row * keel_kv_width(c));
+    keel_want(l, &g->ds, row * c->n_heads * t->max_row);
+}
+
+static void want_loss(struct keel_layout *l, keel_trainer *t)
+{
+    const struct keel_gemma3 *c = &t->model->cfg;
+    keel_want(l, &t->rows, 4ull * t->max_loss * c->width);
+    keel_want(l, &t->normed, 4ull * t->max_loss * c->width);
+    keel_want(l, &t->logits, 4ull * t->chunk * c->vocab);
+    keel_want(l, &t->partial, keel_xent_scratch(t->chunk, c->vocab));
+}
+
+static void want_device(struct keel_layout *l, void *user)
+{
+    keel_trainer *t = user;
+    want_saved(l, t);
+    keel_acts_layout(l, &t->acts, &t->model->cfg, t->max_tokens, t->max_row, true, UINT64_MAX);
+    want_grads(l, t);
+    want_loss(l, t);
+}
+
+static void want_lora(struct keel_layout *l, void *user)
+{
+    keel_trainer *t = user;
+    keel_lora_layout(l, &t->acts, t->max_tokens, t->rank);
+    keel_want(l, &t->g.dh, 4ull * t->max_tokens * t->rank);
+}
+
+void keel_trainer_plan(const keel_model *model, uint32_t tokens, uint32_t max_row, uint32_t rank, struct keel_plan *out,
+                       void (*row)(struct keel_plan *p, const char *what, uint64_t bytes, bool host))
+{
+    keel_trainer t = { .model = (keel_model *)(uintptr_t)model, .max_tokens = tokens, .max_row = max_row, .max_loss = tokens,
+                       .rank = rank };
+    struct keel_layout saved = { 0 }, acts = { 0 }, grads = { 0 }, loss = { 0 }, lora = { 0 }, host = { 0 };
+    t.chunk = keel_logit_rows(&model->cfg, KEEL_MIN(64u, tokens), UINT64_C(128) << 20);
+    t.batch.c = &model->cfg;
+    want_saved(&saved, &t);
+    keel_acts_layout(&acts, &t.acts, &model->cfg, tokens, max_row, true, UINT64_MAX);
+    want_grads(&grads, &t);
+    want_loss(&loss, &t);
+    want_lora(&lora, &t);
+    want_host(&host, &t);
+    row(out, "saved block inputs", saved.bytes, false);
+    row(out, "activations of a block", acts.bytes + lora.bytes, false);
+    row(out, "gradients of a block", grads.bytes, false);
+    row(out, "logits and loss rows", loss.bytes, false);
+    row(out, "training batch", host.bytes, false);
+}
+
+keel_status keel_trainer_create(keel_trainer **out, keel_model *model, uint32_t max_tokens, uint32_t max_row, uint32_t max_loss)
+{
+    keel_status st = KEEL_OK;
+    keel_trainer *t = calloc(1, sizeof *t);
+    const struct keel_gemma3 *c = &model->cfg;
+    *out = NULL;
+    if (!t || !(t->saved = calloc(c->n_layers, sizeof *t->saved))) {
+        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "no memory for a training pass");
+    }
+    KEEL_ASSERT(model->dev && max_tokens > 0 && max_row > 0 && max_loss > 0);
+    const uint64_t range = keel_device_caps(model->dev)->max_range;
+    t->model = model;
+    t->max_tokens = max_tokens;
+    t->max_row = max_row;
+    t->max_loss = max_loss;
+    t->chunk = keel_logit_rows(c, KEEL_MIN(64u, max_loss), range);
+    const uint64_t p_bytes = 4ull * c->n_heads * max_tokens * max_row;
+    if (p_bytes > range || 4ull * max_tokens * c->ff_width > range) {
+        KEEL_FAIL(model->log, KEEL_ERR_UNSUPPORTED,
+                  "micro-batches of %u tokens with rows of up to %u need a binding of %.0f MB, this device takes %.0f MB; lower "
+                  "--batch (and raise --accum) or shorten the rows",
+                  max_tokens, max_row, (double)KEEL_MAX(p_bytes, 4ull * max_tokens * c->ff_width) / 1e6, (double)range / 1e6);
+    }
+    KEEL_TRY(keel_batch_init(&t->batch, c, model->log));
+    KEEL_TRY(keel_layout_make(&t->host, model->dev, KEEL_HEAP_HOST, "training batch", want_host, t));
+    KEEL_TRY(keel_layout_make(&t->heap, model->dev, KEEL_HEAP_DEVICE, "training", want_device, t));
+    KEEL_TRY(keel_recorder_create(&t->rec, model->dev, NULL));
+    *out = t;
+    t = NULL;
+out:
+    keel_trainer_destroy(&t);
+    return st;
+}
+
+void keel_trainer_destroy(keel_trainer **trainer)
+{
+    keel_trainer *t = trainer ? *trainer : NULL;
+    if (!t) {
+        return;
+    }
+    keel_recorder_destroy(&t->rec);
+    keel_heap_destroy(&t->lora);
+    keel_heap_destroy(&t->heap);
+    keel_heap_destroy(&t->host);
+    keel_batch_finish(&t->batch);
+    free(t->saved);
+    free(t);
+    *trainer = NULL;
+}
+
+// --- backward ------------------------------------------------------------------------------------
+
+struct back {
+    keel_trainer *t;
+    const keel_adapter *adapter;
+    struct keel_span grads; // like adapter->params
+    uint32_t n;             // tokens
+};
+
+static struct keel_span grad_of(const struct back *b, struct keel_span param)
+{
+    return keel_span_sub(b->grads, param.offset - b->adapter->params.offset, param.bytes);
+}
+
+// From dy, the gradient of a projection's output: gradients of its adapter, and of its input x into dx (unless nothing).
+static void project_back(const struct back *b, uint32_t layer, enum keel_proj proj, struct keel_span x, struct keel_span dy,
+                         struct keel_span dx, bool add)
+{
+    keel_recorder *rec = b->t->rec;
+    const struct keel_lora *pair = &b->adapter->pair[(size_t)layer * KEEL_N_PROJ + proj];
+    if (dx.bytes > 0) {
+        keel_linear_bwd(rec, &(struct keel_linear_bwd_params){
+            .w = &b->t->model->w.block[layer].proj[proj], .dy = dy, .dx = dx, .n_tokens = b->n, .add = add });
+    }
+    if (pair->rank > 0) {
+        keel_lora_bwd_h(rec, pair, dy, b->t->g.dh, b->n);
+        keel_lora_bwd_b(rec, pair, dy, b->t->acts.h[proj], grad_of(b, pair->b), b->n);
+        keel_lora_bwd_a(rec, pair, b->t->g.dh, x, grad_of(b, pair->a), b->n);
+        if (dx.bytes > 0) {
+            keel_lora_bwd_x(rec, pair, b->t->g.dh, dx, b->n);
+        }
+    }
+}
+
+static void norm_back(const struct back *b, struct keel_span x, struct keel_span w, struct keel_span dy, struct keel_span dx,
+                      bool add)
+{
+    keel_rmsnorm_bwd(b->t->rec, &(struct keel_rmsnorm_bwd_params){ .x = x, .w = w, .dy = dy, .dx = dx, .n_rows = b->n,
+                                                                   .width = b->t->model->cfg.width,
+                                                                   .eps = b->t->model->cfg.eps, .add = add });
+}
+
+static void heads_back(const struct back *b, uint32_t kind, uint32_t n_heads, struct keel_span x, struct keel_span w,
+                       struct keel_span d)
+{
+    keel_heads_bwd(b->t->rec, &(struct keel_heads_bwd_params){
+        .x = x, .w = w, .rope = b->t->batch.rope[kind], .dy = d, .dx = d, .n_tokens = b->n, .n_heads = n_heads,
+        .head_dim = b->t->model->cfg.head_dim, .eps = b->t->model->cfg.eps });
+}
+
+// g.x: gradient of the block's output on entry, of its input on return. The block's acts are those of its recomputation.
+// `lowest`: nothing below needs a gradient.
+static void block_back(const struct back *b, uint32_t layer, bool lowest)
+{
+    const struct keel_gemma3 *c = &b->t->model->cfg;
+    const struct keel_gemma3_block *w = &b->t->model->w.block[layer];
+    const struct keel_acts *a = &b->t->acts;
+    const struct grads *g = &b->t->g;
+    const struct keel_batch_group *group = &b->t->batch.group[0];
+    const uint32_t kind = c->kind[layer];
+    const struct keel_span nothing = { 0 };
+    norm_back(b, a->down, NORM(w, KEEL_T_POST_FFW_NORM), g->x, g->t, false);
+    project_back(b, layer, KEEL_FFN_DOWN, a->act, g->t, g->f, false);
+    keel_geglu_bwd(b->t->rec, &(struct keel_geglu_bwd_params){ .gate = a->gate, .up = a->up, .dy = g->f, .d_gate = a->gate,
+                                                               .d_up = a->up, .n = (uint64_t)b->n * c->ff_width });
+    project_back(b, layer, KEEL_FFN_GATE, a->fn, a->gate, g->t, false);
+    project_back(b, layer, KEEL_FFN_UP, a->fn, a->up, g->t, true);
+    norm_back(b, a->x1, NORM(w, KEEL_T_FFN_NORM), g->t, g->x, true);
+
+    norm_back(b, a->ao, NORM(w, KEEL_T_POST_ATTN_NORM), g->x, g->t, false);
+    project_back(b, layer, KEEL_ATTN_OUTPUT, a->o, g->t, g->d_o, false);
+    keel_attention_bwd(b->t->rec, &(struct keel_attention_bwd_params){
+        .q = a->qr, .k = a->kr, .v = a->v, .spans = b->t->batch.spans[kind], .p = a->p, .d_o = g->d_o, .dq = g->dq, .dk = g->dk,
+        .dv = g->dv, .ds = g->ds, .n_tokens = b->n, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim,
+        .max_span = group->max_span[kind], .max_union = group->max_union[kind], .max_q_union = group->max_q_union[kind],
+        .scale = c->attn_scale });
+    heads_back(b, kind, c->n_heads, a->q, NORM(w, KEEL_T_Q_NORM), g->dq);
+    heads_back(b, kind, c->n_kv_heads, a->k, NORM(w, KEEL_T_K_NORM), g->dk);
+    const struct keel_span dxn = lowest ? nothing : g->t;
+    project_back(b, layer, KEEL_ATTN_Q, a->xn, g->dq, dxn, false);
+    project_back(b, layer, KEEL_ATTN_K, a->xn, g->dk, dxn, true);
+    project_back(b, layer, KEEL_ATTN_V, a->xn, g->dv, dxn, true);
+    if (!lowest) {
+        norm_back(b, b->t->saved[layer], NORM(w, KEEL_T_ATTN_NORM), g->t, g->x, true);
+    }
+}
+
+// Loss and its gradient with respect to the final residual stream, into g.x.
+static void loss_back(const struct back *b, const struct keel_pass *pass)
+{
+    keel_trainer *t = b->t;
+    const struct keel_gemma3 *c = &t->model->cfg;
+    const uint32_t n = t->batch.n_places;
+    keel_gather_rows(t->rec, t->acts.x, t->batch.place, t->rows, n, c->width);
+    keel_rmsnorm(t->rec, &(struct keel_rmsnorm_params){ .x = t->rows, .w = t->model->w.output_norm, .y = t->normed, .n_rows = n,
+                                                        .width = c->width, .eps = c->eps });
+    for (uint32_t p = 0; p < n; p += t->chunk) {
+        const uint32_t m = KEEL_MIN(t->chunk, n - p);
+        const struct keel_span rows = keel_span_sub(t->normed, 4ull * p * c->width, 4ull * m * c->width);
+        const struct keel_span targets = keel_place_span(&t->batch, t->batch.target, p, m, 4);
+        const struct keel_span stats = keel_place_span(&t->batch, t->batch.stats, p, m, 16);
+        keel_pass_head(pass, rows, t->logits, m);
+        keel_xent(t->rec, &(struct keel_xent_params){ .logits = t->logits, .targets = targets, .stats = stats,
+                                                      .partial = t->partial, .n_rows = m, .vocab = c->vocab });
+        keel_xent_bwd(t->rec, &(struct keel_xent_bwd_params){ .logits = t->logits, .targets = targets, .stats = stats,
+                                                              .weights = keel_place_span(&t->batch, t->batch.weight, p, m, 4),
+                                                              .n_rows = m, .vocab = c->vocab });
+        keel_linear_bwd(t->rec, &(struct keel_linear_bwd_params){ .w = t->model->w.head, .dy = t->logits, .dx = rows,
+                                                                  .n_tokens = m });
+    }
+    keel_rmsnorm_bwd(t->rec, &(struct keel_rmsnorm_bwd_params){ .x = t->rows, .w = t->model->w.output_norm, .dy = t->normed,
+                                                                .dx = t->normed, .n_rows = n, .width = c->width, .eps = c->eps });
+    keel_record_fill(t->rec, keel_span_sub(t->g.x, 0, 4ull * b->n * c->width), 0);
+    keel_scatter_rows(t->rec, t->normed, t->batch.place, t->g.x, n, c->width);
+}
+
+// --- one step ------------------------------------------------------------------------------------
+
+static keel_status fill_batch(keel_trainer *t, const struct keel_seq *seqs, size_t n_seqs)
+{
+    keel_status st = KEEL_OK;
+    keel_batch_clear(&t->batch);
+    for (size_t s = 0; s < n_seqs; s++) {
+        const struct keel_batch_row row = { .ids = seqs[s].ids, .n = seqs[s].n };
+        uint32_t first;
+        KEEL_ASSERT(seqs[s].n <= t->max_row && seqs[s].first >= 1);
+        KEEL_TRY(keel_batch_add(&t->batch, &row, &first));
+        for (uint32_t i = seqs[s].first; i < seqs[s].n; i++) {
+            if (!seqs[s].mask || seqs[s].mask[i]) {
+                keel_batch_place(&t->batch, first + i - 1, seqs[s].ids[i], seqs[s].weight);
+            }
+        }
+    }
+    keel_batch_ready(&t->batch, t->model->dev);
+out:
+    return st;
+}
+
+static bool has_pairs(const keel_adapter *a, uint32_t layer)
+{
+    for (uint32_t i = 0; i < KEEL_N_PROJ; i++) {
+        if (a->pair[(size_t)layer * KEEL_N_PROJ + i].rank > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static uint32_t widest(const keel_adapter *a)
+{
+    uint32_t rank = 1;
+    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+        rank = KEEL_MAX(rank, a->pair[i].rank);
+    }
+    return rank;
+}
+
+static void read_loss(keel_trainer *t, double *nll_sum, uint64_t *n_loss)
+{
+    keel_span_fetch(t->model->dev, t->batch.stats);
+    for (uint32_t p = 0; p < t->batch.n_places; p++) {
+        const struct keel_span s = keel_place_span(&t->batch, t->batch.stats, p / t->chunk * t->chunk, t->chunk, 16);
+        const float *v = (const float *)keel_span_host(s) + 4 * (p % t->chunk);
+        *nll_sum += (double)v[1] - (double)v[2];
+    }
+    *n_loss += t->batch.n_places;
+}
+
+keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
+                              size_t n_seqs, double *nll_sum, uint64_t *n_loss)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t n_layers = t->model->cfg.n_layers;
+    *nll_sum = 0;
+    *n_loss = 0;
+    if (widest(adapter) != t->rank) {
+        keel_heap_destroy(&t->lora);
+        t->rank = widest(adapter);
+        KEEL_TRY(keel_layout_make(&t->lora, t->model->dev, KEEL_HEAP_DEVICE, "LoRA activations", want_lora, t));
+    }
+    KEEL_TRY(fill_batch(t, seqs, n_seqs));
+    if (t->batch.n_places == 0) {
+        return KEEL_OK;
+    }
+    const struct keel_pass pass = { .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = &adapter,
+                                    .n_adapters = 1 };
+    const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens };
+    uint32_t lowest = 0;
+    while (lowest < n_layers && !has_pairs(adapter, lowest)) {
+        lowest++;
+    }
+    keel_pass_embed(&pass);
+    keel_record_copy(t->rec, keel_span_sub(t->saved[0], 0, 4ull * back.n * t->model->cfg.width),
+                     keel_span_sub(t->acts.x, 0, 4ull * back.n * t->model->cfg.width));
+    for (uint32_t i = 0; i < n_layers; i++) {
+        keel_pass_block(&pass, i, t->saved[i], i + 1 < n_layers ? t->saved[i + 1] : t->acts.x);
+    }
+    loss_back(&back, &pass);
+    for (uint32_t i = n_layers; i-- > lowest;) {
+        if (i + 1 < n_layers) { // the last block's insides are still there
+            keel_pass_block(&pass, i, t->saved[i], (struct keel_span){ 0 });
+        }
+        block_back(&back, i, i == lowest);
+    }
+    KEEL_TRY(keel_recorder_submit(t->rec));
+    KEEL_TRY(keel_recorder_wait(t->rec));
+    read_loss(t, nll_sum, n_loss);
+out:
+    if (st != KEEL_OK && t->rec) {
+        keel_recorder_reset(t->rec);
+    }
+    return st;
+}
