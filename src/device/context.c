@@ -297,6 +297,7 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     // Conservative until something was measured: a slow board must not run into its watchdog on the first submission.
     dev->rate_flops = 2e9;
     dev->rate_bytes = 4e9;
+    dev->dispatch_ns = 5e3;
     KEEL_TRY(keel_pipelines_init(dev));
     if (!keel_speed_load(dev)) {
         KEEL_TRY(keel_speed_choose(dev));

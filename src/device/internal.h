@@ -114,6 +114,7 @@ struct keel_device {
     struct profile profile;
 
     double rate_flops, rate_bytes; // per second, what submissions are estimated with; adapts
+    double dispatch_ns;            // cost of a dispatch that does nothing; adapts too
     double saved_flops, saved_bytes; // as in the cache file, 0 if there is none
     uint64_t longest_ns;
     uint64_t n_dispatches, n_submits, n_barriers;

@@ -70,7 +70,7 @@ static void free_block(keel_device *dev, struct keel_block *b)
     free(b);
 }
 
-// Tries the memory types that a wish allows, the largest heap's first types as the driver orders them.
+// Tries the memory types that a wish allows, in the driver's order, which is best first.
 static VkResult try_wish(keel_device *dev, struct keel_block *b, const struct wish *w, const VkMemoryRequirements *req,
                          bool card)
 {

@@ -7,6 +7,7 @@
 #include "platform.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,7 +15,6 @@
 #define PROFILE_MOST 1024u // dispatches in one part while profiling: one query each
 #define HAZARDS_MOST 64u   // ranges remembered since the last barrier; beyond it a barrier is cheaper than a long search
 #define GROUPS_MOST 65535u // workgroups in y and z that every device takes
-#define DISPATCH_NS 5000.0 // cost of a dispatch that does nothing, for the estimate only
 
 #define COMPUTE VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT
 #define TRANSFER VK_PIPELINE_STAGE_TRANSFER_BIT
@@ -165,7 +165,7 @@ static struct part *next_part(keel_recorder *rec)
 
 static double estimate(const keel_device *dev, uint64_t flops, uint64_t bytes, uint32_t n)
 {
-    return (double)flops / dev->rate_flops * 1e9 + (double)bytes / dev->rate_bytes * 1e9 + DISPATCH_NS * n;
+    return (double)flops / dev->rate_flops * 1e9 + (double)bytes / dev->rate_bytes * 1e9 + dev->dispatch_ns * n;
 }
 
 static double between(double lo, double x, double hi)
@@ -173,16 +173,20 @@ static double between(double lo, double x, double hi)
     return x < lo ? lo : x > hi ? hi : x;
 }
 
-// Learns from what a submission took: slower at once, because a watchdog may wait; faster by and by.
+// Learns from what a submission took: slower at once, because a watchdog may wait; faster by and by. Each of the three terms
+// moves by its share of the estimate, so that many tiny dispatches do not pass for slow arithmetic.
 static void learn(keel_device *dev, const struct part *p, uint64_t ns)
 {
     const double est = estimate(dev, p->flops, p->bytes, p->n), took = (double)KEEL_MAX(ns, 1u);
     if (est < 2e6 && took < 2e6) {
         return; // mostly the cost of starting it
     }
-    const double ratio = est / took, factor = ratio < 1.0 ? KEEL_MAX(ratio, 0.25) : KEEL_MIN(1.0 + (ratio - 1.0) / 4.0, 2.0);
-    dev->rate_flops = between(1e8, dev->rate_flops * factor, 1e15);
-    dev->rate_bytes = between(1e8, dev->rate_bytes * factor, 1e14);
+    const double ratio = est / took;
+    const double step = log(ratio < 1.0 ? KEEL_MAX(ratio, 0.25) : KEEL_MIN(1.0 + (ratio - 1.0) / 4.0, 2.0));
+    const double by_flops = (double)p->flops / dev->rate_flops * 1e9 / est, by_bytes = (double)p->bytes / dev->rate_bytes * 1e9 / est;
+    dev->rate_flops = between(1e8, dev->rate_flops * exp(step * by_flops), 1e15);
+    dev->rate_bytes = between(1e8, dev->rate_bytes * exp(step * by_bytes), 1e14);
+    dev->dispatch_ns = between(1e3, dev->dispatch_ns * exp(-step * (1.0 - by_flops - by_bytes)), 1e6);
 }
 
 uint64_t keel_recorder_quantum(const keel_recorder *rec)

@@ -15,7 +15,7 @@
 #define MAD_FLOP 256u       // of one lane and round
 #define BUDGET_NS 100000000u // of one measurement
 #define ENOUGH_NS 20000000u  // a run this long outweighs its start
-#define COPY_BYTES (32u << 20) // above most last-level caches, and 32,768 workgroups
+#define COPY_BYTES (16u << 20) // and 16,384 workgroups: 2 x 16 MiB lie above most last-level caches
 
 // --- cache ---------------------------------------------------------------------------------------
 
