@@ -421,6 +421,9 @@ void keel_device_destroy(keel_device **pdev)
     *pdev = NULL;
     if (dev->handle) {
         (void)dev->vk.vkDeviceWaitIdle(dev->handle);
+        KEEL_DEBUG(dev->log, "%s: %" PRIu64 " dispatches, %" PRIu64 " barriers, %" PRIu64 " submissions, longest %.1f ms, peak %.1f MiB",
+                   dev->caps.name, dev->n_dispatches, dev->n_barriers, dev->n_submits, (double)dev->longest_ns * 1e-6,
+                   (double)dev->bytes_peak / (1024.0 * 1024.0));
         keel_speed_save(dev);
         keel_transfer_finish(dev);
         keel_pipelines_finish(dev);

@@ -52,6 +52,7 @@ struct pipeline {
     uint32_t push_bytes; // least the shader reads
     VkPipeline handle;
     VkPipelineLayout layout; // of n_bind bindings; not owned
+    bool ran;                // recorded before; CPU drivers compile when it first runs
 };
 
 // Open addressing by hash; never shrinks.
@@ -174,7 +175,7 @@ struct shader_needs keel_reflect(const uint32_t *code, uint32_t words);
 keel_status keel_pipelines_init(keel_device *dev);
 void keel_pipelines_finish(keel_device *dev);
 // Finds or makes the pipeline of a dispatch. Errors: ARG (the dispatch does not fit the shader), DEVICE.
-keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, const struct pipeline **out);
+keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out);
 
 // --- profile.c -----------------------------------------------------------------------------------
 

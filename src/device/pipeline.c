@@ -243,7 +243,7 @@ static bool grow_store(struct pipeline_store *s)
     return true;
 }
 
-keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, const struct pipeline **out)
+keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out)
 {
     struct pipeline_store *s = &dev->pipelines;
     const uint64_t h = hash_of(d);

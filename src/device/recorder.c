@@ -54,6 +54,7 @@ struct part {
     uint64_t flops, bytes, submit_ns;
     double est_ns;
     bool in_flight;
+    bool fresh; // holds the first run of a pipeline: its time says nothing, since CPU drivers compile then
 };
 
 struct keel_recorder {
@@ -220,8 +221,11 @@ static void account(keel_recorder *rec, struct part *p)
                          p->entries[i].bytes);
     }
     rec->last_done_ns = now;
-    dev->longest_ns = KEEL_MAX(dev->longest_ns, ns);
-    learn(dev, p, ns);
+    if (!p->fresh) {
+        dev->longest_ns = KEEL_MAX(dev->longest_ns, ns);
+        learn(dev, p, ns);
+    }
+    p->fresh = false; // from the second replay on
 }
 
 static void wait_part(keel_recorder *rec, struct part *p)
@@ -279,6 +283,7 @@ static void begin_part(keel_recorder *rec)
     p->n = p->n_entries = 0;
     p->flops = p->bytes = 0;
     p->est_ns = 0.0;
+    p->fresh = false;
     rec->bound = VK_NULL_HANDLE;
     clear_hazards(rec);
     if (rec->status != KEEL_OK || !vk_ok(rec, dev->vk.vkBeginCommandBuffer(p->cmd, &begin), "starting to record")) {
@@ -511,7 +516,7 @@ static void write_set(keel_device *dev, VkDescriptorSet set, const struct keel_d
 void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
 {
     keel_device *dev = rec->dev;
-    const struct pipeline *p = NULL;
+    struct pipeline *p = NULL;
     if (rec->status != KEEL_OK || d->groups[0] == 0 || d->groups[1] == 0 || d->groups[2] == 0) {
         return;
     }
@@ -541,6 +546,8 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
         dev->vk.vkCmdBindDescriptorSets(cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->layout, 0, 1, &set, 0, NULL);
     }
     order(rec, d->bind, d->n_bind, COMPUTE);
+    rec->open->fresh = rec->open->fresh || !p->ran;
+    p->ran = true;
     if (rec->bound != p->handle) {
         dev->vk.vkCmdBindPipeline(cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->handle);
         rec->bound = p->handle;

@@ -80,7 +80,8 @@ KEEL_API keel_status keel_device_measure(keel_device *dev);
 KEEL_API void keel_device_memory(const keel_device *dev, uint64_t *now, uint64_t *peak);
 // Number of validation messages since creation; 0 without `validate`.
 KEEL_API uint32_t keel_device_validation_count(const keel_device *dev);
-// Longest single submission since creation in nanoseconds (wall clock from submission to completion as the host saw it).
+// Longest single submission since creation in nanoseconds, by the device's clock where it has one, else from submission to
+// completion as the host saw it. Not counted: submissions where a shader runs for the first time (CPU drivers compile then).
 KEEL_API uint64_t keel_device_longest_submit_ns(const keel_device *dev);
 
 #ifdef __cplusplus
