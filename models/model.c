@@ -210,12 +210,15 @@ static void log_plan(const keel_model *m)
 keel_status keel_model_load(keel_model *model, keel_device *dev)
 {
     keel_status st = KEEL_OK;
+    uint64_t embd, rest;
     if (model->dev) {
         KEEL_ERROR(model->log, "%s is loaded already", model->info.path);
         return KEEL_ERR_ARG;
     }
     model->dev = dev;
     KEEL_TRY(keel_heap_create(&model->heap, dev, KEEL_HEAP_DEVICE, "weights"));
+    keel_gemma3_weight_bytes(model, &embd, &rest);
+    KEEL_TRY(keel_heap_reserve(model->heap, embd + rest));
     KEEL_TRY(keel_gemma3_upload(model));
 out:
     if (st != KEEL_OK) {

@@ -10,6 +10,7 @@
 struct item {
     const int32_t *ids;
     uint32_t n, first;
+    size_t row;   // its number in the caller's list, for messages
     float *a, *b; // results [n - first]: log-probability and entropy, or divergence and its reverse; b may be NULL
 };
 
@@ -109,8 +110,8 @@ static keel_status store_results(const struct run *r)
             const float a = r->divergence ? r->kl_host[2 * i] : stats[4 * i + 2] - stats[4 * i + 1];
             const float b = r->divergence ? r->kl_host[2 * i + 1] : stats[4 * i + 3];
             if (!isfinite(a) || !isfinite(b)) {
-                KEEL_FAIL(s->model->log, KEEL_ERR_NUMERIC, "token %u of a row gives NaN or infinity; run `keel devices` and report the "
-                                                           "driver", at->item->first + at->i);
+                KEEL_FAIL(s->model->log, KEEL_ERR_NUMERIC, "row %zu, token %u: NaN or infinity; run `keel devices` and report the driver",
+                          at->item->row, at->item->first + at->i);
             }
             at->item->a[at->i] = a;
             if (at->item->b) {
@@ -252,7 +253,7 @@ keel_status keel_session_score(keel_session *s, struct keel_score_row *rows, siz
         return KEEL_ERR_NO_MEMORY;
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, rows[i].logprobs, rows[i].entropy };
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].logprobs, rows[i].entropy };
     }
     const keel_status st = run_items(&r, items, n_rows);
     free(items);
@@ -272,7 +273,7 @@ keel_status keel_session_kl(keel_session *s, struct keel_kl_row *rows, size_t n_
         KEEL_TRY(keel_layout_make(&s->second, s->model->dev, KEEL_HEAP_DEVICE, "second model's logits", want_second, s));
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, rows[i].kl, rows[i].kl_reverse };
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].kl, rows[i].kl_reverse };
     }
     KEEL_TRY(run_items(&r, items, n_rows));
 out:

@@ -32,6 +32,9 @@ enum keel_heap_kind {
 
 // `label` names the lifetime in messages ("weights", "kv cache"); static storage.
 keel_status keel_heap_create(keel_heap **out, keel_device *dev, enum keel_heap_kind kind, const char *label);
+// Makes one block of exactly `bytes` for the spans to come, so that a heap whose size is known holds no slack. Does nothing
+// above caps.max_buffer: such a heap grows by blocks. Errors: NO_MEMORY as below.
+keel_status keel_heap_reserve(keel_heap *heap, uint64_t bytes);
 // Allocates `bytes` (above 0, at most caps.max_buffer), 256-byte aligned, contents undefined. A span larger than
 // caps.max_range cannot be bound whole. Errors: NO_MEMORY, with a message that says what was asked, what is in use by
 // lifetime and what the limit is.

@@ -144,12 +144,12 @@ static VkResult new_block(struct keel_block **out, keel_heap *heap, uint64_t byt
 
 // Adds a block for at least `bytes`: larger where the heap has grown, so that many small spans share few buffers, but never
 // more than 64 MiB of slack on a small board.
-static keel_status grow(keel_heap *heap, uint64_t bytes)
+static keel_status grow(keel_heap *heap, uint64_t bytes, bool exact)
 {
     keel_device *dev = heap->dev;
     const bool counted = is_counted(dev, heap->kind);
     const uint64_t limit = counted && dev->memory_limit ? dev->memory_limit : UINT64_MAX;
-    const uint64_t slack = KEEL_MIN(KEEL_MAX(heap->bytes / 4, MIB), 64 * MIB);
+    const uint64_t slack = exact ? 0 : KEEL_MIN(KEEL_MAX(heap->bytes / 4, MIB), 64 * MIB);
     uint64_t want = KEEL_MIN(KEEL_MAX(bytes, keel_align_up(slack, SPAN_ALIGN)), dev->caps.max_buffer);
     struct keel_block *b = NULL;
     if (dev->lost) {
@@ -201,6 +201,11 @@ keel_status keel_heap_create(keel_heap **out, keel_device *dev, enum keel_heap_k
     return KEEL_OK;
 }
 
+keel_status keel_heap_reserve(keel_heap *heap, uint64_t bytes)
+{
+    return bytes > 0 && bytes <= heap->dev->caps.max_buffer ? grow(heap, bytes, true) : KEEL_OK;
+}
+
 keel_status keel_heap_alloc(keel_heap *heap, uint64_t bytes, struct keel_span *out)
 {
     keel_device *dev = heap->dev;
@@ -219,7 +224,7 @@ keel_status keel_heap_alloc(keel_heap *heap, uint64_t bytes, struct keel_span *o
             }
         }
         if (pass == 0) {
-            const keel_status st = grow(heap, bytes);
+            const keel_status st = grow(heap, bytes, false);
             if (st != KEEL_OK) {
                 return st;
             }
