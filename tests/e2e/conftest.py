@@ -57,9 +57,20 @@ def tiny(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session", params=["tiny_a", "tiny_b", "tiny_c", "tiny_d"])
+# tiny_b has ten quant types, and a software driver compiles the kernels of each in every process: about ten times
+# the work of the others. What depends on the types asks for every_model, the rest leaves tiny_b to --full.
+TINY_B_FULL = pytest.param("tiny_b", marks=pytest.mark.full)
+
+
+@pytest.fixture(scope="session", params=["tiny_a", TINY_B_FULL, "tiny_c", "tiny_d"])
 def model(request, tiny):
-    """Each tiny model in turn: path of the GGUF."""
+    """Tiny models in turn: path of the GGUF."""
+    return tiny / f"{request.param}.gguf"
+
+
+@pytest.fixture(scope="session", params=["tiny_a", "tiny_b", "tiny_c", "tiny_d"])
+def every_model(request, tiny):
+    """All tiny models in turn: path of the GGUF."""
     return tiny / f"{request.param}.gguf"
 
 

@@ -8,7 +8,7 @@ import texts
 from keelcli import score, train
 
 
-@pytest.fixture(scope="module", params=["tiny_a", "tiny_b", "tiny_c"])
+@pytest.fixture(scope="module", params=["tiny_a", *(pytest.param(m, marks=pytest.mark.full) for m in ("tiny_b", "tiny_c"))])
 def trained(request, keel, tiny, tmp_path_factory):
     """(model path, adapter trained by keel)."""
     model = tiny / f"{request.param}.gguf"

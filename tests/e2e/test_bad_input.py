@@ -202,7 +202,7 @@ def test_bad_rows_train(keel, tiny_c, tmp_path, case):
 
 def test_row_above_seq_len(keel, tiny_c, tmp_path):
     rows = write_rows(tmp_path / "d.jsonl", texts.TRAIN[:2] + [{"prompt": "the", "completion": texts.ENGLISH}])
-    keel.fails(*train_args(tiny_c, rows, tmp_path / "a.gguf", steps=1, rank=2, seq_len=64), says=(":3", "64"), leaves=tmp_path)
+    keel.fails(*train_args(tiny_c, rows, tmp_path / "a.gguf", steps=1, rank=2, seq_len=128), says=(":3", "128"), leaves=tmp_path)
 
 
 def test_no_assistant_turn(keel, tiny_c, tmp_path):
@@ -254,7 +254,7 @@ def adapter_case(case, tmp, config, other):
 
 
 @pytest.mark.parametrize("case,word", [
-    ("other-model", "blk.0"), ("layer-beyond", "99"), ("nan", "blk.1.ffn_up"), ("ranks-differ", "blk.1.ffn_up"), ("rows-differ", "blk.1.ffn_up"),
+    ("other-model", "blk.0"), ("layer-beyond", "99"), ("nan", "ffn_up"), ("ranks-differ", "blk.1.ffn_up"), ("rows-differ", "blk.1.ffn_up"),
     ("arch", "llama"), ("truncated", "bad.gguf"), ("half-pair", "blk.1.ffn_up"), ("unknown-module", "ffn_xx"), ("no-alpha", "alpha"),
     ("empty", "bad.gguf")])
 def test_bad_adapter(keel, tiny_c, tiny_a, oracle, tmp_path, case, word):

@@ -33,8 +33,8 @@ def test_wrong_usage_is_2(keel, args, word):
     keel.fails(*args, says=word, rc=2)
 
 
-def test_info_json(keel, model, oracle):
-    j, cfg = keel("info", model, "--json").json, oracle(model).config
+def test_info_json(keel, every_model, oracle):
+    j, cfg = keel("info", every_model, "--json").json, oracle(every_model).config
     text = str(j)
     for n in (cfg.num_hidden_layers, cfg.hidden_size, cfg.intermediate_size, cfg.vocab_size, cfg.sliding_window):
         assert str(n) in text, (n, j)

@@ -39,11 +39,11 @@ ROWS = texts.SCORE + [
 ]
 
 
-def test_tiny(keel, model, oracle, tmp_path):
-    check(ROWS, score(keel, model, ROWS, tmp_path), oracle(model))
+def test_tiny(keel, every_model, oracle, tmp_path):
+    check(ROWS, score(keel, every_model, ROWS, tmp_path), oracle(every_model))
 
 
-@pytest.mark.parametrize("n", [1, 7, 64])
+@pytest.mark.parametrize("n", [7, pytest.param(1, marks=pytest.mark.full), pytest.param(64, marks=pytest.mark.full)])
 def test_batch_size_does_not_matter(keel, tiny_a, oracle, tmp_path, n):
     check(ROWS, score(keel, tiny_a, ROWS, tmp_path, "--batch-tokens", n), oracle(tiny_a))
 
