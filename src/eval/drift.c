@@ -128,7 +128,11 @@ out:
 static keel_status add_metric(struct keel_drift *d, const struct keel_drift_params *p, const struct series *s, enum keel_metric metric)
 {
     keel_status st = add_estimate(d, p, s, metric, "all", 0);
-    if (st == KEEL_OK && p->narrow_domain) {
+    bool narrow = false; // without an item of the narrow domain, "other" would repeat "all"
+    for (size_t i = 0; p->narrow_domain && i < s->n; i++) {
+        narrow = narrow || strcmp(s->domain[i], p->narrow_domain) == 0;
+    }
+    if (st == KEEL_OK && narrow) {
         st = add_estimate(d, p, s, metric, "other", 0);
     }
     for (size_t i = 0; st == KEEL_OK && i < s->n; i++) {
@@ -329,6 +333,17 @@ static void csv_number(struct keel_text *t, double v)
     }
 }
 
+// A domain comes from a data file: quoted as RFC 4180 says.
+static void csv_text(struct keel_text *t, const char *s)
+{
+    keel_text_add(t, "\"", 1);
+    for (; *s; s++) {
+        keel_text_add(t, "\"\"", *s == '"' ? 1 : 0);
+        keel_text_add(t, s, 1);
+    }
+    keel_text_add(t, "\"", 1);
+}
+
 static json_t *json_estimate(struct keel_estimate e)
 {
     if (!isfinite(e.value)) {
@@ -367,8 +382,9 @@ keel_status keel_drift_write(const struct keel_drift *d, const char *dir, const 
     for (size_t i = 0; i < d->n; i++) {
         const struct keel_drift_row *r = &d->row[i];
         const struct keel_estimate e[3] = { r->base, r->adapted, r->change };
-        keel_text_addf(&csv, "%s,%s,\"%s\",%u,%zu,%zu", keel_metric_name[r->metric], keel_metric_unit[r->metric], r->domain,
-                       r->position, r->n, r->n_clusters);
+        keel_text_addf(&csv, "%s,%s,", keel_metric_name[r->metric], keel_metric_unit[r->metric]);
+        csv_text(&csv, r->domain);
+        keel_text_addf(&csv, ",%u,%zu,%zu", r->position, r->n, r->n_clusters);
         for (int k = 0; k < 3; k++) {
             csv_number(&csv, e[k].value);
             csv_number(&csv, e[k].lo);

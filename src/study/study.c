@@ -93,7 +93,7 @@ out:
 
 static json_t *limit(double v)
 {
-    return v > 0 ? json_real(v) : json_null();
+    return isnan(v) ? json_null() : json_real(v);
 }
 
 // Everything that decides the results; two runs with equal "identity" may share a folder.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // study/study_file.c: reads a study file through libcyaml, which checks it against the schema below.
+// Every optional number is a pointer in the schema: a key that is absent takes its default, a zero that was written is a zero.
 #include "study_file.h"
 
 #include <cyaml/cyaml.h>
@@ -7,149 +8,311 @@
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-#define OPT CYAML_FLAG_OPTIONAL
-#define STR(key, type, member) CYAML_FIELD_STRING_PTR(key, CYAML_FLAG_POINTER, type, member, 0, CYAML_UNLIMITED)
-#define OPT_STR(key, type, member) CYAML_FIELD_STRING_PTR(key, CYAML_FLAG_POINTER | OPT, type, member, 0, CYAML_UNLIMITED)
+#define MAX_BYTES (1u << 20) // a study file is a page of text
+#define MAX_DATA 64
+
+struct yaml_data {
+    char *file;
+    double *weight;
+};
+struct yaml_train {
+    struct yaml_data *data;
+    unsigned data_count;
+    uint64_t *rank, *warmup, *steps, *batch, *accum, *seq_len;
+    double *alpha, *lr, *epochs, *weight_decay, *grad_clip;
+    char *targets, *schedule;
+};
+struct yaml_eval {
+    char *margin, *narrow, *kl;
+    uint64_t *answer_tokens, *examples;
+};
+struct yaml_budget {
+    double *kl_mean, *margin_drop, *flip_rate;
+};
+struct yaml_study {
+    char *name, *model, *narrow_domain;
+    uint64_t *seed;
+    struct yaml_train train;
+    struct yaml_eval eval;
+    struct yaml_budget budget;
+};
+
+#define PTR CYAML_FLAG_POINTER
+#define OPT (CYAML_FLAG_POINTER | CYAML_FLAG_OPTIONAL)
+#define TEXT(flags, type, member) CYAML_FIELD_STRING_PTR(#member, flags, struct type, member, 1, 4000)
+#define COUNT(type, member) CYAML_FIELD_UINT_PTR(#member, OPT, struct type, member)
+#define REAL(type, member) CYAML_FIELD_FLOAT_PTR(#member, OPT, struct type, member)
 
 static const cyaml_schema_field_t data_fields[] = {
-    STR("file", struct study_data, file),
-    CYAML_FIELD_FLOAT("weight", OPT, struct study_data, weight),
-    CYAML_FIELD_END,
+    TEXT(PTR, yaml_data, file), REAL(yaml_data, weight), CYAML_FIELD_END
 };
 static const cyaml_schema_value_t data_entry = {
-    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, struct study_data, data_fields),
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, struct yaml_data, data_fields),
 };
 static const cyaml_schema_field_t train_fields[] = {
-    CYAML_FIELD_SEQUENCE("data", CYAML_FLAG_POINTER, struct study_train, data, &data_entry, 1, 64),
-    CYAML_FIELD_UINT("rank", OPT, struct study_train, rank),
-    CYAML_FIELD_FLOAT("alpha", OPT, struct study_train, alpha),
-    OPT_STR("targets", struct study_train, targets),
-    CYAML_FIELD_FLOAT("lr", OPT, struct study_train, lr),
-    OPT_STR("schedule", struct study_train, schedule),
-    CYAML_FIELD_UINT("warmup", OPT, struct study_train, warmup),
-    CYAML_FIELD_UINT("steps", OPT, struct study_train, steps),
-    CYAML_FIELD_FLOAT("epochs", OPT, struct study_train, epochs),
-    CYAML_FIELD_UINT("batch", OPT, struct study_train, batch),
-    CYAML_FIELD_UINT("accum", OPT, struct study_train, accum),
-    CYAML_FIELD_UINT("seq_len", OPT, struct study_train, seq_len),
-    CYAML_FIELD_FLOAT("weight_decay", OPT, struct study_train, weight_decay),
-    CYAML_FIELD_FLOAT("grad_clip", OPT, struct study_train, grad_clip),
+    CYAML_FIELD_SEQUENCE("data", PTR, struct yaml_train, data, &data_entry, 1, MAX_DATA),
+    COUNT(yaml_train, rank),
+    REAL(yaml_train, alpha),
+    TEXT(OPT, yaml_train, targets),
+    REAL(yaml_train, lr),
+    TEXT(OPT, yaml_train, schedule),
+    COUNT(yaml_train, warmup),
+    COUNT(yaml_train, steps),
+    REAL(yaml_train, epochs),
+    COUNT(yaml_train, batch),
+    COUNT(yaml_train, accum),
+    COUNT(yaml_train, seq_len),
+    REAL(yaml_train, weight_decay),
+    REAL(yaml_train, grad_clip),
     CYAML_FIELD_END,
 };
 static const cyaml_schema_field_t eval_fields[] = {
-    OPT_STR("margin", struct study_eval, margin),
-    OPT_STR("narrow", struct study_eval, narrow),
-    OPT_STR("kl", struct study_eval, kl),
-    CYAML_FIELD_UINT("answer_tokens", OPT, struct study_eval, answer_tokens),
-    CYAML_FIELD_UINT("examples", OPT, struct study_eval, examples),
-    CYAML_FIELD_END,
+    TEXT(OPT, yaml_eval, margin),      TEXT(OPT, yaml_eval, narrow), TEXT(OPT, yaml_eval, kl),
+    COUNT(yaml_eval, answer_tokens),   COUNT(yaml_eval, examples),   CYAML_FIELD_END,
 };
 static const cyaml_schema_field_t budget_fields[] = {
-    CYAML_FIELD_FLOAT("kl_mean", OPT, struct study_budget, kl_mean),
-    CYAML_FIELD_FLOAT("margin_drop", OPT, struct study_budget, margin_drop),
-    CYAML_FIELD_FLOAT("flip_rate", OPT, struct study_budget, flip_rate),
-    CYAML_FIELD_END,
+    REAL(yaml_budget, kl_mean), REAL(yaml_budget, margin_drop), REAL(yaml_budget, flip_rate), CYAML_FIELD_END
 };
 static const cyaml_schema_field_t top_fields[] = {
-    STR("name", struct study_file, name),
-    OPT_STR("model", struct study_file, model),
-    OPT_STR("narrow_domain", struct study_file, narrow_domain),
-    CYAML_FIELD_UINT("seed", OPT, struct study_file, seed),
-    CYAML_FIELD_MAPPING("train", CYAML_FLAG_DEFAULT, struct study_file, train, train_fields),
-    CYAML_FIELD_MAPPING("eval", CYAML_FLAG_DEFAULT, struct study_file, eval, eval_fields),
-    CYAML_FIELD_MAPPING("budget", OPT, struct study_file, budget, budget_fields),
+    TEXT(PTR, yaml_study, name),
+    TEXT(OPT, yaml_study, model),
+    TEXT(OPT, yaml_study, narrow_domain),
+    COUNT(yaml_study, seed),
+    CYAML_FIELD_MAPPING("train", CYAML_FLAG_DEFAULT, struct yaml_study, train, train_fields),
+    CYAML_FIELD_MAPPING("eval", CYAML_FLAG_DEFAULT, struct yaml_study, eval, eval_fields),
+    CYAML_FIELD_MAPPING("budget", CYAML_FLAG_OPTIONAL, struct yaml_study, budget, budget_fields),
     CYAML_FIELD_END,
 };
 static const cyaml_schema_value_t top = {
-    CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, struct study_file, top_fields),
+    CYAML_VALUE_MAPPING(PTR, struct yaml_study, top_fields),
 };
 
-// libcyaml reports a fault and then where it stands, in several calls; they become one message.
-struct collect {
-    char text[700];
-    size_t len;
+// --- messages ------------------------------------------------------------------------------------
+
+// libcyaml reports a fault in several calls: the reason, the word "Backtrace", then the places from the inside out. The line
+// is that of the innermost place.
+struct fault {
+    char reason[400], place[200];
+    unsigned line;
 };
 
 static void collect(cyaml_log_t level, void *ctx, const char *fmt, va_list args)
 {
-    struct collect *c = ctx;
-    if (level < CYAML_LOG_ERROR || c->len >= sizeof c->text) {
+    struct fault *f = ctx;
+    char text[400];
+    if (level < CYAML_LOG_ERROR || vsnprintf(text, sizeof text, fmt, args) < 0) {
         return;
     }
-    const int n = vsnprintf(c->text + c->len, sizeof c->text - c->len, fmt, args);
-    c->len += n > 0 ? (size_t)n : 0;
-    for (char *p = c->text; *p; p++) {
-        *p = *p == '\n' ? ' ' : *p;
+    text[strcspn(text, "\n")] = 0;
+    const char *s = strncmp(text, "Load: ", 6) == 0 ? text + 6 : text;
+    s += strspn(s, " ");
+    const char *at = strstr(s, " (line: ");
+    if (at && strncmp(s, "in ", 3) == 0) {
+        const size_t used = strlen(f->place);
+        if (f->line == 0 && sscanf(at, " (line: %u", &f->line) != 1) {
+            f->line = 0;
+        }
+        snprintf(f->place + used, sizeof f->place - used, "%s%.*s", used ? ", " : "", (int)(at - s), s);
+    } else if (!f->reason[0] && strcmp(s, "Backtrace:") != 0) {
+        snprintf(f->reason, sizeof f->reason, "%s", s);
     }
 }
 
-static cyaml_config_t config_of(struct collect *c)
+static cyaml_config_t config_of(struct fault *f)
 {
-    return (cyaml_config_t){ .log_fn = collect, .log_ctx = c, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR,
-                             .flags = CYAML_CFG_DEFAULT };
+    return (cyaml_config_t){ .log_fn = collect, .log_ctx = f, .mem_fn = cyaml_mem, .log_level = CYAML_LOG_ERROR,
+                             .flags = CYAML_CFG_NO_ALIAS };
 }
 
-static keel_status check(const struct study_file *f, const char *name, const keel_log *log)
+// The text under check, for messages.
+struct source {
+    const char *data, *name;
+    size_t len;
+    const keel_log *log;
+};
+
+// Line on which `key` is given a value, or 0. libcyaml does not keep the places of values, and a key's name is unique in the
+// schema but for "file" and "weight".
+static unsigned line_of(const struct source *src, const char *key)
 {
-    const struct {
-        const char *key;
-        double value, lo, hi;
-    } range[] = {
-        { "train: rank", f->train.rank, 1, 1024 },          { "train: batch", f->train.batch, 1, 4096 },
-        { "train: accum", f->train.accum, 1, 65536 },       { "train: seq_len", f->train.seq_len, 2, 131072 },
-        { "train: lr", f->train.lr, 0, 10 },                { "train: alpha", f->train.alpha, 0, 1e6 },
-        { "train: epochs", f->train.epochs, 0, 1e6 },       { "train: weight_decay", f->train.weight_decay, 0, 10 },
-        { "train: grad_clip", f->train.grad_clip, 0, 1e9 }, { "eval: answer_tokens", f->eval.answer_tokens, 1, 4096 },
-        { "eval: examples", f->eval.examples, 0, 1000 },    { "budget: kl_mean", f->budget.kl_mean, 0, 1e9 },
-        { "budget: margin_drop", f->budget.margin_drop, 0, 1e9 }, { "budget: flip_rate", f->budget.flip_rate, 0, 1 },
-    };
-    for (size_t i = 0; i < KEEL_COUNT(range); i++) {
-        if (!(range[i].value >= range[i].lo && range[i].value <= range[i].hi)) {
-            KEEL_ERROR(log, "%s: \"%s\" is %g, it must lie between %g and %g", name, range[i].key, range[i].value, range[i].lo,
-                       range[i].hi);
-            return KEEL_ERR_FORMAT;
+    const size_t key_len = strlen(key);
+    unsigned line = 1;
+    bool comment = false;
+    for (size_t i = 0; i + key_len < src->len; i++) {
+        const char c = src->data[i];
+        const bool starts = i == 0 || strchr(" \t\n{,", src->data[i - 1]) != NULL;
+        if (c == '\n') {
+            line++;
+            comment = false;
+        } else if (c == '#' && starts) {
+            comment = true;
+        } else if (!comment && starts && memcmp(src->data + i, key, key_len) == 0 && src->data[i + key_len] == ':') {
+            return line;
         }
     }
-    for (unsigned i = 0; i < f->train.data_count; i++) {
-        if (!(f->train.data[i].weight > 0 && f->train.data[i].weight < 1e9)) {
-            KEEL_ERROR(log, "%s: the weight of data file %u must be above 0", name, i + 1);
-            return KEEL_ERR_FORMAT;
-        }
+    return 0;
+}
+
+static keel_status complain(const struct source *src, const char *section, const char *key, const char *reason)
+{
+    KEEL_ERROR(src->log, "%s:%u: %s%s%s: %s", src->name, KEEL_MAX(line_of(src, key), 1u), section, section[0] ? ": " : "", key, reason);
+    return KEEL_ERR_FORMAT;
+}
+
+// --- values --------------------------------------------------------------------------------------
+
+// Reads an optional number; checks that it is finite and in [lo, hi].
+static keel_status take(const struct source *src, const char *section, const char *key, const double *v, double lo, double hi,
+                        double *out)
+{
+    char reason[160];
+    if (!v) {
+        return KEEL_OK;
     }
-    if (!f->eval.margin && !f->eval.narrow && !f->eval.kl) {
-        KEEL_ERROR(log, "%s: \"eval\" names no data (margin, narrow or kl), so there is nothing to measure", name);
-        return KEEL_ERR_FORMAT;
+    if (!(*v >= lo && *v <= hi)) {
+        snprintf(reason, sizeof reason, "%g is out of range, it must lie between %g and %g", *v, lo, hi);
+        return complain(src, section, key, reason);
     }
+    *out = *v;
     return KEEL_OK;
+}
+
+static keel_status take_count(const struct source *src, const char *section, const char *key, const uint64_t *v, uint32_t lo,
+                              uint32_t hi, uint32_t *out)
+{
+    char reason[160];
+    if (!v) {
+        return KEEL_OK;
+    }
+    if (*v < lo || *v > hi) {
+        snprintf(reason, sizeof reason, "%llu is out of range, it must lie between %u and %u", (unsigned long long)*v, lo, hi);
+        return complain(src, section, key, reason);
+    }
+    *out = (uint32_t)*v;
+    return KEEL_OK;
+}
+
+static bool in_list(const char *word, size_t len, const char *const *list, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (strlen(list[i]) == len && memcmp(list[i], word, len) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Names are checked here although training checks them too: a study would find out only after the base evaluation.
+static keel_status check_names(const struct source *src, const struct study_train *t)
+{
+    static const char *const schedules[] = { "constant", "linear", "cosine" };
+    static const char *const targets[] = { "all", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down" };
+    if (!in_list(t->schedule, strlen(t->schedule), schedules, KEEL_COUNT(schedules))) {
+        return complain(src, "train", "schedule", "must be constant, linear or cosine");
+    }
+    for (const char *s = t->targets;; s++) {
+        const size_t len = strcspn(s, ",");
+        if (!in_list(s, len, targets, KEEL_COUNT(targets))) {
+            return complain(src, "train", "targets",
+                            "must be all, or names separated by commas without spaces: attn_q, attn_k, attn_v, attn_output, ffn_gate, "
+                            "ffn_up, ffn_down");
+        }
+        s += len;
+        if (*s == 0) {
+            return KEEL_OK;
+        }
+    }
+}
+
+static keel_status fill_train(const struct source *src, struct study_train *t, const struct yaml_train *y)
+{
+    keel_status st = KEEL_OK;
+    *t = (struct study_train){ .rank = 16, .batch = 4, .accum = 1, .seq_len = 512, .lr = 2e-4, .epochs = 1, .grad_clip = 1,
+                               .targets = y->targets ? y->targets : "all", .schedule = y->schedule ? y->schedule : "constant",
+                               .steps = y->steps ? *y->steps : 0 };
+    KEEL_TRY(take_count(src, "train", "rank", y->rank, 1, 1024, &t->rank));
+    KEEL_TRY(take_count(src, "train", "warmup", y->warmup, 0, 100000000, &t->warmup));
+    KEEL_TRY(take_count(src, "train", "batch", y->batch, 1, 4096, &t->batch));
+    KEEL_TRY(take_count(src, "train", "accum", y->accum, 1, 65536, &t->accum));
+    KEEL_TRY(take_count(src, "train", "seq_len", y->seq_len, 2, 131072, &t->seq_len));
+    KEEL_TRY(take(src, "train", "alpha", y->alpha, 0, 1e6, &t->alpha));
+    KEEL_TRY(take(src, "train", "lr", y->lr, 0, 10, &t->lr));
+    KEEL_TRY(take(src, "train", "epochs", y->epochs, 1e-3, 1e6, &t->epochs));
+    KEEL_TRY(take(src, "train", "weight_decay", y->weight_decay, 0, 10, &t->weight_decay));
+    KEEL_TRY(take(src, "train", "grad_clip", y->grad_clip, 0, 1e9, &t->grad_clip));
+    KEEL_TRY(check_names(src, t));
+    t->data = calloc(y->data_count, sizeof *t->data);
+    if (!t->data) {
+        KEEL_FAIL(src->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", src->name);
+    }
+    t->data_count = y->data_count;
+    for (unsigned i = 0; i < y->data_count; i++) {
+        t->data[i] = (struct study_data){ y->data[i].file, 1 };
+        KEEL_TRY(take(src, "train: data", "weight", y->data[i].weight, 1e-6, 1e6, &t->data[i].weight));
+    }
+out:
+    return st;
+}
+
+static keel_status fill(const struct source *src, struct study_file *f, const struct yaml_study *y)
+{
+    keel_status st = KEEL_OK;
+    f->name = y->name;
+    f->model = y->model;
+    f->narrow_domain = y->narrow_domain;
+    f->seed = y->seed ? *y->seed : 1;
+    f->eval = (struct study_eval){ y->eval.margin, y->eval.narrow, y->eval.kl, 16, 0 };
+    f->budget = (struct study_budget){ NAN, NAN, NAN };
+    KEEL_TRY(fill_train(src, &f->train, &y->train));
+    KEEL_TRY(take_count(src, "eval", "answer_tokens", y->eval.answer_tokens, 1, 4096, &f->eval.answer_tokens));
+    KEEL_TRY(take_count(src, "eval", "examples", y->eval.examples, 0, 1000, &f->eval.examples));
+    KEEL_TRY(take(src, "budget", "kl_mean", y->budget.kl_mean, 0, 1e9, &f->budget.kl_mean));
+    KEEL_TRY(take(src, "budget", "margin_drop", y->budget.margin_drop, 0, 1e9, &f->budget.margin_drop));
+    KEEL_TRY(take(src, "budget", "flip_rate", y->budget.flip_rate, 0, 1, &f->budget.flip_rate));
+    if (!f->eval.margin && !f->eval.narrow && !f->eval.kl) {
+        KEEL_TRY(complain(src, "", "eval", "names no data (margin, narrow or kl), so there is nothing to measure"));
+    }
+    if (!isnan(f->budget.kl_mean) && !f->eval.kl) {
+        KEEL_TRY(complain(src, "budget", "kl_mean", "needs the data of eval: kl"));
+    }
+    if (!isnan(f->budget.margin_drop) && !f->eval.margin) {
+        KEEL_TRY(complain(src, "budget", "margin_drop", "needs the data of eval: margin"));
+    }
+    if (!isnan(f->budget.flip_rate) && !f->eval.margin) {
+        KEEL_TRY(complain(src, "budget", "flip_rate", "needs the data of eval: margin"));
+    }
+out:
+    return st;
 }
 
 keel_status keel_study_parse(struct study_file **out, const uint8_t *data, size_t len, const char *name, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    struct collect c = { .len = 0 };
-    const cyaml_config_t config = config_of(&c);
-    struct study_file *f = NULL;
+    struct fault fault = { .line = 0 };
+    const cyaml_config_t config = config_of(&fault);
+    const struct source src = { (const char *)data, name, len, log };
+    struct study_file *f = calloc(1, sizeof *f);
     *out = NULL;
-    const cyaml_err_t err = cyaml_load_data(data, len, &config, &top, (cyaml_data_t **)&f, NULL);
-    if (err != CYAML_OK || !f) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: %s (%s)", name, c.len ? c.text : "the file holds no study", cyaml_strerror(err));
+    if (!f) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory", name);
     }
-    struct study_train *t = &f->train;
-    t->rank = t->rank ? t->rank : 16;
-    t->batch = t->batch ? t->batch : 4;
-    t->accum = t->accum ? t->accum : 1;
-    t->seq_len = t->seq_len ? t->seq_len : 512;
-    t->lr = t->lr > 0 ? t->lr : 2e-4;
-    t->epochs = t->epochs > 0 ? t->epochs : 1;
-    t->grad_clip = t->grad_clip > 0 ? t->grad_clip : 1;
-    f->eval.answer_tokens = f->eval.answer_tokens ? f->eval.answer_tokens : 16;
-    f->seed = f->seed ? f->seed : 1;
-    for (unsigned i = 0; i < t->data_count; i++) {
-        t->data[i].weight = t->data[i].weight != 0 ? t->data[i].weight : 1;
+    if (len > MAX_BYTES || memchr(data, 0, len)) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s:1: is no study file (it is larger than 1 MiB or holds binary data)", name);
     }
-    KEEL_TRY(check(f, name, log));
+    const cyaml_err_t err = cyaml_load_data(data, len, &config, &top, (cyaml_data_t **)&f->yaml, NULL);
+    if (err != CYAML_OK || !f->yaml) {
+        static const char unknown[] = "Unexpected key: "; // reported at the place of the mapping, not of the key
+        const size_t skip = sizeof unknown - 1;
+        const unsigned at = strncmp(fault.reason, unknown, skip) == 0 ? line_of(&src, fault.reason + skip) : 0;
+        fault.line = at ? at : fault.line;
+        KEEL_FAIL(log, err == CYAML_ERR_OOM ? KEEL_ERR_NO_MEMORY : KEEL_ERR_FORMAT, "%s:%u: %s (%s)", name, KEEL_MAX(fault.line, 1u),
+                  fault.reason[0] ? fault.reason : err == CYAML_OK ? "the file holds no study" : cyaml_strerror(err),
+                  fault.place[0] ? fault.place : "at the top");
+    }
+    KEEL_TRY(fill(&src, f, f->yaml));
     *out = f;
     f = NULL;
 out:
@@ -159,10 +322,12 @@ out:
 
 void keel_study_free(struct study_file **f)
 {
-    struct collect c = { .len = 0 };
-    const cyaml_config_t config = config_of(&c);
+    struct fault fault = { .line = 0 };
+    const cyaml_config_t config = config_of(&fault);
     if (f && *f) {
-        cyaml_free(&config, &top, *f, 0);
+        cyaml_free(&config, &top, (*f)->yaml, 0);
+        free((*f)->train.data);
+        free(*f);
         *f = NULL;
     }
 }

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+// tests/study_file.c: study files right and wrong; every fault is named with its line and key.
+#include "formats_util.h"
+
+#include "study_file.h"
+
+#include <math.h>
+
+#define HEAD "name: n\ntrain:\n  data: [{file: a.jsonl}]\n"
+#define TAIL "eval: {margin: p.jsonl}\n"
+
+static keel_status parse(struct study_file **f, const char *text, struct memory_log *m)
+{
+    uint8_t *copy = exact_copy(text, strlen(text));
+    memory_log_init(m);
+    const keel_status st = keel_study_parse(f, copy, strlen(text), "s.yaml", &m->log);
+    free(copy);
+    return st;
+}
+
+static void test_defaults(void **state)
+{
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    assert_int_equal(parse(&f, HEAD TAIL, &m), KEEL_OK);
+    assert_string_equal(f->name, "n");
+    assert_null(f->model);
+    assert_int_equal(f->seed, 1);
+    assert_int_equal(f->train.data_count, 1);
+    assert_string_equal(f->train.data[0].file, "a.jsonl");
+    assert_true(f->train.data[0].weight == 1 && f->train.lr == 2e-4 && f->train.grad_clip == 1 && f->train.epochs == 1);
+    assert_true(f->train.rank == 16 && f->train.batch == 4 && f->train.accum == 1 && f->train.seq_len == 512);
+    assert_string_equal(f->train.targets, "all");
+    assert_string_equal(f->train.schedule, "constant");
+    assert_string_equal(f->eval.margin, "p.jsonl");
+    assert_true(!f->eval.kl && !f->eval.narrow && f->eval.answer_tokens == 16 && f->eval.examples == 0);
+    assert_true(isnan(f->budget.kl_mean) && isnan(f->budget.margin_drop) && isnan(f->budget.flip_rate));
+    keel_study_free(&f);
+    assert_null(f);
+}
+
+static void test_values(void **state)
+{
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    assert_int_equal(parse(&f,
+                           "name: n\nmodel: m.gguf\nseed: 7\nnarrow_domain: colour\n"
+                           "train:\n  data: [{file: a, weight: 0.25}, {file: b}]\n  rank: 8\n  alpha: 32\n  targets: attn_q,ffn_down\n"
+                           "  lr: 1e-3\n  schedule: cosine\n  warmup: 5\n  steps: 60\n  batch: 2\n  accum: 3\n  seq_len: 64\n"
+                           "  weight_decay: 0.5\n  grad_clip: 0\n"
+                           "eval: {margin: p, narrow: h, kl: k, answer_tokens: 8, examples: 3}\n"
+                           "budget: {kl_mean: 0.5, margin_drop: 0, flip_rate: 0.1}\n",
+                           &m),
+                     KEEL_OK);
+    assert_true(f->seed == 7 && f->train.data_count == 2 && f->train.data[0].weight == 0.25 && f->train.data[1].weight == 1);
+    assert_true(f->train.rank == 8 && f->train.alpha == 32 && f->train.lr == 1e-3 && f->train.warmup == 5 && f->train.steps == 60);
+    assert_true(f->train.batch == 2 && f->train.accum == 3 && f->train.seq_len == 64 && f->train.weight_decay == 0.5);
+    assert_true(f->train.grad_clip == 0);    // a written zero is no missing value
+    assert_true(f->budget.margin_drop == 0); // and a limit of zero is a limit
+    assert_true(f->budget.kl_mean == 0.5 && f->budget.flip_rate == 0.1 && f->eval.answer_tokens == 8 && f->eval.examples == 3);
+    assert_string_equal(f->narrow_domain, "colour");
+    assert_string_equal(f->train.targets, "attn_q,ffn_down");
+    keel_study_free(&f);
+}
+
+static void test_faults(void **state)
+{
+    static const struct {
+        const char *text, *where, *what;
+    } cases[] = {
+        { "", "s.yaml:", "s.yaml" },
+        { "just text\n", "s.yaml:1:", "" },
+        { "name: n\n" TAIL, "s.yaml:2:", "train" },
+        { HEAD, "s.yaml:", "eval" },
+        { HEAD "  bogus: 3\n" TAIL, "s.yaml:4:", "bogus" },
+        { HEAD TAIL "more: 1\n", "s.yaml:5:", "more" },
+        { HEAD "  rank: many\n" TAIL, "s.yaml:4:", "rank" },
+        { HEAD "  # rank: 1\n  rank: 0\n" TAIL, "s.yaml:5:", "rank" },
+        { HEAD "  rank: -1\n" TAIL, "s.yaml:4:", "rank" },
+        { HEAD "  batch: 99999999999999999999\n" TAIL, "s.yaml:4:", "batch" },
+        { HEAD "  batch: 4294967297\n" TAIL, "s.yaml:4:", "batch" },
+        { HEAD "  lr: nan\n" TAIL, "s.yaml:4:", "lr" },
+        { HEAD "  lr: 1e999\n" TAIL, "s.yaml:4:", "lr" },
+        { HEAD "  epochs: 0\n" TAIL, "s.yaml:4:", "epochs" },
+        { HEAD "  schedule: cosinus\n" TAIL, "s.yaml:4:", "schedule" },
+        { HEAD "  targets: attn_q,attn\n" TAIL, "s.yaml:4:", "targets" },
+        { HEAD "  targets: attn_q,\n" TAIL, "s.yaml:4:", "targets" },
+        { "name: n\ntrain:\n  data: []\n" TAIL, "s.yaml:3:", "data" },
+        { "name: n\ntrain:\n  data: [{weight: 1}]\n" TAIL, "s.yaml:3:", "file" },
+        { "name: n\ntrain:\n  data: [{file: a, weight: -1}]\n" TAIL, "s.yaml:3:", "weight" },
+        { HEAD "eval: {answer_tokens: 4}\n", "s.yaml:4:", "nothing to measure" },
+        { HEAD "eval:\n  margin: p\n  answer_tokens: 0\n", "s.yaml:6:", "answer_tokens" },
+        { HEAD TAIL "budget: {kl_mean: 1}\n", "s.yaml:5:", "eval: kl" },
+        { HEAD TAIL "budget: {flip_rate: 2}\n", "s.yaml:5:", "flip_rate" },
+        { HEAD TAIL "budget: {margin_drop: nan}\n", "s.yaml:5:", "margin_drop" },
+        { "name: ''\ntrain:\n  data: [{file: a}]\n" TAIL, "s.yaml:1:", "name" },
+        { "name: &x n\ntrain:\n  data: [{file: *x}]\n" TAIL, "s.yaml:3:", "lias" },
+        { "name: [n\n", "s.yaml:", "" },
+        { "name: n\n\ttrain: 1\n", "s.yaml:", "tab" },
+    };
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
+        struct study_file *f;
+        struct memory_log m;
+        const keel_status st = parse(&f, cases[i].text, &m);
+        if (st != KEEL_ERR_FORMAT || f || m.n != 1 || !strstr(m.last, cases[i].where) || !strstr(m.last, cases[i].what)) {
+            fail_msg("case %zu: status %d, %d messages, last '%s', expected '%s' and '%s'", i, (int)st, m.n, m.last, cases[i].where,
+                     cases[i].what);
+        }
+    }
+}
+
+static void test_binary(void **state)
+{
+    static const uint8_t zero[4] = { 'n', 0, ':', ' ' };
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    memory_log_init(&m);
+    assert_int_equal(keel_study_parse(&f, zero, sizeof zero, "s.yaml", &m.log), KEEL_ERR_FORMAT);
+    assert_logged(&m, "binary");
+    keel_study_free(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
