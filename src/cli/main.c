@@ -7,17 +7,8 @@
 #include <string.h>
 
 static const struct arg_command *const commands[] = {
-    &cmd_devices, &cmd_info, &cmd_tokenize, &cmd_run, &cmd_score, &cmd_perplexity,
-#ifdef KEEL_HAVE_TRAIN
-    &cmd_train,
-#endif
-#ifdef KEEL_HAVE_STUDY
-    &cmd_study, &cmd_report,
-#endif
-#ifdef KEEL_HAVE_TRAIN
-    &cmd_export,
-#endif
-    &cmd_bench,
+    &cmd_devices, &cmd_info,  &cmd_tokenize, &cmd_run,    &cmd_score, &cmd_perplexity,
+    &cmd_train,   &cmd_study, &cmd_report,   &cmd_export, &cmd_bench,
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };
 

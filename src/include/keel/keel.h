@@ -4,6 +4,7 @@
 #ifndef KEEL_KEEL_H
 #define KEEL_KEEL_H
 
+#include <keel/bench.h>
 #include <keel/device.h>
 #include <keel/log.h>
 #include <keel/model.h>
