@@ -73,7 +73,7 @@ static bool margin_data(struct keel_text *csv, const struct keel_drift *d)
             continue;
         }
         char label[64];
-        snprintf(label, sizeof label, "%s", strcmp(r->domain, "other") == 0 ? "all other domains" : r->domain);
+        snprintf(label, sizeof label, "%s", strcmp(r->domain, "other") == 0 ? "other domains" : r->domain);
         for (char *c = label; *c; c++) {
             *c = *c == '"' || *c == ',' || *c == '_' || *c == '\\' ? ' ' : *c; // nothing that CSV or gnuplot takes for markup
         }
@@ -90,8 +90,8 @@ static void script(struct keel_text *gp, enum keel_plot plot, bool narrow, size_
                    "set terminal svg size %d,%d dynamic font 'sans-serif,%d' background '#ffffff'\n"
                    "set output '%s-%s.svg'\nset datafile separator ','\nset border 3 lc rgb '#555555'\nset tics nomirror\n"
                    "set grid back lc rgb '#dddddd'\nset key %s\nblue='#0072B2'\norange='#D55E00'\n",
-                   narrow ? 420 : 860, height, narrow ? 12 : 14, plot_name[plot], narrow ? "narrow" : "wide",
-                   "outside top center horizontal");
+                   narrow ? 380 : 860, height, narrow ? 13 : 14, plot_name[plot], narrow ? "narrow" : "wide",
+                   "outside top left horizontal samplen 1.5 width -1");
     switch (plot) {
     case KEEL_PLOT_LOSS:
         keel_text_addf(gp, "set xlabel 'optimiser step'\nset ylabel 'loss (nats per answer token)'\nset yrange [0:*]\n"
@@ -105,7 +105,7 @@ static void script(struct keel_text *gp, enum keel_plot plot, bool narrow, size_
                        KEEL_PROFILE_LEN, narrow ? 3 : 1);
         break;
     default:
-        keel_text_addf(gp, "set xlabel 'margin of the true answer (nats per token)'\nset yrange [%zu.5:-0.5]\nset xzeroaxis\n"
+        keel_text_addf(gp, "set xlabel 'margin (nats per token)'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n"
                            "set arrow from 0,graph 0 to 0,graph 1 nohead lc rgb '#555555' dt 2\n"
                            "plot 'margin.csv' skip 1 using 4:($1-0.13):5:6:ytic(2) with xerrorbars lc rgb blue lw 2 pt 7 ps 0.7 title 'base', "
                            "'' skip 1 using 7:($1+0.13):8:9 with xerrorbars lc rgb orange lw 2 pt 5 ps 0.7 title 'fine-tuned'\n",
