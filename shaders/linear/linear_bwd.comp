@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // linear_bwd: dx [T, K] = dy [T, N] W, from the same tiles as the forward product. Lane = 16 columns of W; rows are summed one
-// after the other, so the result does not depend on how the device schedules work.
+// after the other onto what dx holds (with add), so neither the device's schedule nor where the rows are cut into dispatches
+// changes a bit: the cuts follow measured time.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
@@ -32,8 +33,13 @@ void main()
         row[t] = min(t0 + t, pc.n_tokens - 1u) * pc.n_total + pc.row0;
     }
     float acc[16 * TOKENS];
-    [[unroll]] for (uint i = 0; i < 16u * TOKENS; i++) {
-        acc[i] = 0.0;
+    [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+        [[unroll]] for (uint e = 0; e < 16u; e++) {
+            acc[t * 16u + e] = 0.0;
+            if (pc.add != 0u && t0 + t < pc.n_tokens && c * 16u + e < pc.k) {
+                acc[t * 16u + e] = dx[(t0 + t) * pc.k + c * 16u + e];
+            }
+        }
     }
     const uint end = min((pc.tile0 + pc.tiles) * 64u, pc.n);
     for (uint n = pc.tile0 * 64u; n < end; n += 8u) {
@@ -69,8 +75,7 @@ void main()
                 [[unroll]] for (uint e = 0; e < 16u; e++) {
                     const uint col = c * 16u + e;
                     if (col < pc.k) {
-                        const uint at = (t0 + t) * pc.k + col;
-                        dx[at] = pc.add != 0u ? dx[at] + acc[t * 16u + e] : acc[t * 16u + e];
+                        dx[(t0 + t) * pc.k + col] = acc[t * 16u + e];
                     }
                 }
             }
