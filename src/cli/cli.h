@@ -85,6 +85,7 @@ void say(const struct context *c, enum keel_log_level level, const char *fmt, ..
 // SIGINT and SIGTERM set a flag that the progress callbacks read; the second one ends the process.
 void stop_install(void);
 bool stop_asked(void);
+void stop_breaks_reads(bool on); // whether a signal makes a read that waits return; off at first
 
 // --- progress ------------------------------------------------------------------------------------
 

@@ -207,7 +207,9 @@ static keel_status run_chat(struct context *c, const struct run_args *a, uint32_
         if (tty) {
             fputs("> ", stderr);
         }
+        stop_breaks_reads(true); // Ctrl-C at the prompt ends the chat
         const ssize_t len = getline(&line, &cap, stdin);
+        stop_breaks_reads(false);
         if (len < 0) {
             break;
         }

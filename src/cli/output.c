@@ -22,12 +22,17 @@ static void on_signal(int sig)
     stopped = 1;
 }
 
-void stop_install(void)
+void stop_breaks_reads(bool on)
 {
-    struct sigaction sa = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
+    struct sigaction sa = { .sa_handler = on_signal, .sa_flags = on ? 0 : SA_RESTART };
     sigemptyset(&sa.sa_mask);
     sigaction(SIGINT, &sa, NULL);
     sigaction(SIGTERM, &sa, NULL);
+}
+
+void stop_install(void)
+{
+    stop_breaks_reads(false);
 }
 
 bool stop_asked(void)
