@@ -6,7 +6,6 @@
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
 #ifdef EXCHANGE
-#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
 #extension GL_KHR_shader_subgroup_ballot : require
 #endif
 #include "linear/linear.h"
@@ -15,7 +14,11 @@ layout(local_size_x_id = 0) in;                // 64
 layout(constant_id = 1) const uint TOKENS = 1; // tokens a lane works on
 
 layout(push_constant) uniform Push { linear_pc pc; };
+#ifdef EXCHANGE
+layout(set = 0, binding = 1) uniform samplerBuffer dy4;                   // [T, N / 4] of vec4; N is a multiple of 4
+#else
 layout(set = 0, binding = 1) restrict readonly buffer DY { float dy[]; }; // [T, N]
+#endif
 layout(set = 0, binding = 2) restrict buffer DX { float dx[]; };          // [T, K]
 
 #include "common/quant.glsl"
@@ -46,11 +49,12 @@ void main()
         const uint base = (n >> 6) * words;
         // Rows beyond the last are zero in W, so any finite dy will do there.
 #ifdef EXCHANGE
-        float mine[TOKENS];
+        // Two lanes hold the eight values of a token, four each.
+        vec4 mine[TOKENS];
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-            mine[t] = dy[row[t] + min(n + (gl_SubgroupInvocationID & 7u), pc.n - 1u)];
+            mine[t] = texelFetch(dy4, int(row[t] / 4u + min(n / 4u + (gl_SubgroupInvocationID & 1u), (pc.n - 1u) / 4u)));
         }
-#define VALUE(i) subgroupBroadcast(mine[t], i)
+#define VALUE(i) subgroupBroadcast(mine[t][(i) & 3u], (i) >> 2)
 #else
 #define VALUE(i) dy[row[t] + min(n + (i), pc.n - 1u)]
 #endif

@@ -5,7 +5,6 @@
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
 #ifdef EXCHANGE
-#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
 #extension GL_KHR_shader_subgroup_ballot : require
 #endif
 #include "linear/linear.h"
@@ -17,7 +16,11 @@ layout(constant_id = 3) const uint SLICES = 1; // parts of K, summed through sha
 layout(constant_id = 4) const bool TAIL = false; // K is no multiple of 32
 
 layout(push_constant) uniform Push { linear_pc pc; };
+#ifdef EXCHANGE
+layout(set = 0, binding = 1) uniform samplerBuffer x4;                  // [T, K / 4] of vec4; K is a multiple of 4
+#else
 layout(set = 0, binding = 1) restrict readonly buffer X { float x[]; }; // [T, K]
+#endif
 layout(set = 0, binding = 2) restrict buffer Y { float y[]; };          // [T, N]
 
 #include "common/quant.glsl"
@@ -46,40 +49,55 @@ void main()
         acc[i] = 0.0;
     }
     for (uint kb = slice; kb < pc.kb; kb += SLICES) {
-        Scale s[TILES];
-        [[unroll]] for (uint p = 0; p < 2u; p++) {
-            float w[TILES * 16];
-            [[unroll]] for (uint a = 0; a < TILES; a++) {
-                if (p == 0u || !ONE_SCALE) {
-                    s[a] = fetch_scale(base[a], pc.kb, kb, r, p);
-                }
-                float v[16];
-                fetch16(base[a], pc.kb, kb, r, p, s[a], v);
-                [[unroll]] for (uint i = 0; i < 16u; i++) {
-                    w[a * 16u + i] = v[i];
-                }
-            }
-            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-                [[unroll]] for (uint e = 0; e < 16u; e += 8u) {
-                    // W is zero beyond K, so any finite x will do there.
-#define COLUMN(i) (TAIL ? min(kb * 32u + 16u * p + e + (i), pc.k - 1u) : kb * 32u + 16u * p + e + (i))
 #ifdef EXCHANGE
-                    const float mine = x[row[t] + COLUMN(gl_SubgroupInvocationID & 7u)];
-#define VALUE(i) subgroupBroadcast(mine, i)
+        // Eight lanes hold the 32 values of a token's block, four each.
+        vec4 mine[TOKENS];
+        const uint quad4 = kb * 8u + (gl_SubgroupInvocationID & 7u);
+        [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+            mine[t] = texelFetch(x4, int(row[t] / 4u + (TAIL ? min(quad4, pc.k / 4u - 1u) : quad4)));
+        }
+#define VALUE(i) subgroupBroadcast(mine[t][(i) & 3u], (i) >> 2)
 #else
-#define VALUE(i) x[row[t] + COLUMN(i)]
+        // W is zero beyond K, so any finite x will do there.
+#define VALUE(i) x[row[t] + (TAIL ? min(kb * 32u + (i), pc.k - 1u) : kb * 32u + (i))]
 #endif
+        Scale s[TILES];
+        [[unroll]] for (uint a = 0; a < TILES; a++) {
+            s[a] = fetch_scale(base[a], pc.kb, kb, r, 0u);
+        }
 #define MAC(i) \
     { \
-        const float xv = VALUE(i); \
+        const float xv = VALUE(P * 16u + i); \
         [[unroll]] for (uint a = 0; a < TILES; a++) { \
-            acc[a * TOKENS + t] += w[a * 16u + e + i] * xv; \
+            acc[a * TOKENS + t] += w[a * 16u + i] * xv; \
         } \
     }
-                    MAC(0u) MAC(1u) MAC(2u) MAC(3u) MAC(4u) MAC(5u) MAC(6u) MAC(7u)
-                }
+#define HALF_BLOCK \
+    { \
+        float w[TILES * 16]; \
+        [[unroll]] for (uint a = 0; a < TILES; a++) { \
+            float v[16]; \
+            fetch16(base[a], pc.kb, kb, r, P, s[a], v); \
+            [[unroll]] for (uint i = 0; i < 16u; i++) { \
+                w[a * 16u + i] = v[i]; \
+            } \
+        } \
+        [[unroll]] for (uint t = 0; t < TOKENS; t++) { \
+            MAC(0u) MAC(1u) MAC(2u) MAC(3u) MAC(4u) MAC(5u) MAC(6u) MAC(7u) \
+            MAC(8u) MAC(9u) MAC(10u) MAC(11u) MAC(12u) MAC(13u) MAC(14u) MAC(15u) \
+        } \
+    }
+#define P 0u
+        HALF_BLOCK
+#undef P
+#define P 1u
+        if (!ONE_SCALE) {
+            [[unroll]] for (uint a = 0; a < TILES; a++) {
+                s[a] = fetch_scale(base[a], pc.kb, kb, r, 1u);
             }
         }
+        HALF_BLOCK
+#undef P
     }
     if (SLICES > 1) {
         if (slice > 0) {

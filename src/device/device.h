@@ -90,7 +90,8 @@ struct keel_dispatch {
     const struct keel_shader *shader;
     uint32_t spec[KEEL_MAX_SPEC], n_spec;
     struct keel_bind bind[KEEL_MAX_BINDS];
-    uint32_t n_bind;         // binding i of set 0
+    uint32_t n_bind;         // binding i of set 0; one that the shader declares as a texel buffer (only 0, or 0 and 1, and only
+                             // to read) is bound as texels of four 32-bit numbers
     const void *push;        // copied
     uint32_t push_bytes;
     uint32_t groups[3];      // 0 in any: nothing is recorded

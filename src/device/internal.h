@@ -18,6 +18,16 @@
 
 // --- objects -------------------------------------------------------------------------------------
 
+#define TEXEL_BYTES 16u // four 32-bit numbers
+
+// A part of a buffer as texels, made when a shader first reads it so; lives as long as its block.
+struct texel_view {
+    struct texel_view *next;
+    VkBufferView handle;
+    uint64_t offset, bytes;
+    bool is_float;
+};
+
 // One buffer with its memory. Spans are cut from it front to back.
 struct keel_block {
     struct keel_block *next;
@@ -26,6 +36,7 @@ struct keel_block {
     VkDeviceMemory memory;
     void *host; // mapped address, NULL where the host cannot see it
     uint64_t bytes, used;
+    struct texel_view *views;
     bool coherent;
 };
 
@@ -42,6 +53,7 @@ struct keel_heap {
 struct shader_needs {
     uint32_t bindings;   // highest binding of set 0 + 1
     uint32_t push_bytes; // size of the push constant block
+    uint32_t texel, texel_float; // bit i: binding i is read as texels; of floats
     bool ok;             // false: not SPIR-V, or a construct that keel does not use
 };
 
@@ -51,17 +63,26 @@ struct pipeline {
     uint32_t spec[KEEL_MAX_SPEC], n_spec, n_bind;
     uint32_t push_bytes; // least the shader reads
     VkPipeline handle;
-    VkPipelineLayout layout; // of n_bind bindings; not owned
+    uint32_t texel, texel_float; // as in shader_needs
+    VkPipelineLayout layout; // by layout_index(); not owned
     bool ran;                // recorded before; CPU drivers compile when it first runs
 };
+
+// Layouts differ in the number of bindings and in which of the first two are texels.
+#define MAX_TEXEL_BINDS 2u
+#define N_LAYOUTS ((KEEL_MAX_BINDS + 1u) << MAX_TEXEL_BINDS)
+static inline uint32_t layout_index(uint32_t n_bind, uint32_t texel)
+{
+    return n_bind << MAX_TEXEL_BINDS | texel;
+}
 
 // Open addressing by hash; never shrinks.
 struct pipeline_store {
     struct pipeline **slots;
     uint32_t n, cap; // cap is a power of two
     VkPipelineCache cache;
-    VkDescriptorSetLayout set_layouts[KEEL_MAX_BINDS + 1]; // by number of bindings, made at first use
-    VkPipelineLayout layouts[KEEL_MAX_BINDS + 1];
+    VkDescriptorSetLayout set_layouts[N_LAYOUTS]; // by layout_index(), made at first use
+    VkPipelineLayout layouts[N_LAYOUTS];
 };
 
 struct stage_slot {
@@ -160,6 +181,8 @@ keel_status keel_speed_choose(keel_device *dev);
 
 // --- memory.c ------------------------------------------------------------------------------------
 
+// The view of a span as texels, made at first use. Errors: NO_MEMORY, DEVICE.
+keel_status keel_texel_view(keel_device *dev, struct keel_span s, bool is_float, VkBufferView *out);
 void keel_memory_free_all(keel_device *dev); // at destruction: whatever heaps are left
 
 // --- transfer.c ----------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ static void free_block(keel_device *dev, struct keel_block *b)
     if (b->host) {
         dev->vk.vkUnmapMemory(dev->handle, b->memory);
     }
+    for (struct texel_view *v = b->views; v;) {
+        struct texel_view *next = v->next;
+        dev->vk.vkDestroyBufferView(dev->handle, v->handle, NULL);
+        free(v);
+        v = next;
+    }
     dev->vk.vkDestroyBuffer(dev->handle, b->buffer, NULL);
     dev->vk.vkFreeMemory(dev->handle, b->memory, NULL);
     free(b);
@@ -117,7 +123,7 @@ static VkResult new_block(struct keel_block **out, keel_heap *heap, uint64_t byt
     }
     const VkBufferCreateInfo info = {
         .sType = VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO, .size = bytes, .sharingMode = VK_SHARING_MODE_EXCLUSIVE,
-        .usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_TRANSFER_SRC_BIT | VK_BUFFER_USAGE_TRANSFER_DST_BIT};
+        .usage = VK_BUFFER_USAGE_STORAGE_BUFFER_BIT | VK_BUFFER_USAGE_UNIFORM_TEXEL_BUFFER_BIT | VK_BUFFER_USAGE_TRANSFER_SRC_BIT | VK_BUFFER_USAGE_TRANSFER_DST_BIT};
     r = dev->vk.vkCreateBuffer(dev->handle, &info, NULL, &b->buffer);
     if (r == VK_SUCCESS) {
         VkMemoryRequirements req;
@@ -319,4 +325,34 @@ struct keel_span keel_span_sub(struct keel_span s, uint64_t offset, uint64_t byt
 {
     KEEL_ASSERT(offset <= s.bytes && bytes <= s.bytes - offset);
     return (struct keel_span){.block = s.block, .offset = s.offset + offset, .bytes = bytes};
+}
+
+// --- texel views ---------------------------------------------------------------------------------
+
+keel_status keel_texel_view(keel_device *dev, struct keel_span s, bool is_float, VkBufferView *out)
+{
+    const uint64_t bytes = s.bytes / TEXEL_BYTES * TEXEL_BYTES;
+    for (const struct texel_view *v = s.block->views; v; v = v->next) {
+        if (v->offset == s.offset && v->bytes == bytes && v->is_float == is_float) {
+            *out = v->handle;
+            return KEEL_OK;
+        }
+    }
+    struct texel_view *v = calloc(1, sizeof(*v));
+    if (!v) {
+        KEEL_ERROR(dev->log, "out of host memory for a view of a buffer");
+        return KEEL_ERR_NO_MEMORY;
+    }
+    const VkBufferViewCreateInfo info = {
+        .sType = VK_STRUCTURE_TYPE_BUFFER_VIEW_CREATE_INFO, .buffer = s.block->buffer, .offset = s.offset, .range = bytes,
+        .format = is_float ? VK_FORMAT_R32G32B32A32_SFLOAT : VK_FORMAT_R32G32B32A32_UINT};
+    const VkResult r = dev->vk.vkCreateBufferView(dev->handle, &info, NULL, &v->handle);
+    if (r != VK_SUCCESS) {
+        free(v);
+        return keel_vk_failed(dev, r, "making a view of a buffer");
+    }
+    *v = (struct texel_view){.next = s.block->views, .handle = v->handle, .offset = s.offset, .bytes = bytes, .is_float = is_float};
+    s.block->views = v;
+    *out = v->handle;
+    return KEEL_OK;
 }

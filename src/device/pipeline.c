@@ -107,7 +107,7 @@ void keel_pipelines_finish(keel_device *dev)
         }
     }
     free(s->slots);
-    for (uint32_t i = 0; i <= KEEL_MAX_BINDS; ++i) {
+    for (uint32_t i = 0; i < N_LAYOUTS; ++i) {
         dev->vk.vkDestroyPipelineLayout(dev->handle, s->layouts[i], NULL);
         dev->vk.vkDestroyDescriptorSetLayout(dev->handle, s->set_layouts[i], NULL);
     }
@@ -117,30 +117,32 @@ void keel_pipelines_finish(keel_device *dev)
 
 // --- making --------------------------------------------------------------------------------------
 
-// The layout of n storage buffers and the full push range: shared by all pipelines with so many bindings.
-static keel_status get_layout(keel_device *dev, uint32_t n)
+// The layout of n buffers, of which `texel` are texels, and the full push range: shared by all pipelines of the kind.
+static keel_status get_layout(keel_device *dev, uint32_t n, uint32_t texel)
 {
     struct pipeline_store *s = &dev->pipelines;
     VkDescriptorSetLayoutBinding bindings[KEEL_MAX_BINDS];
-    if (s->layouts[n]) {
+    const uint32_t k = layout_index(n, texel);
+    if (s->layouts[k]) {
         return KEEL_OK;
     }
     for (uint32_t i = 0; i < n; ++i) {
-        bindings[i] = (VkDescriptorSetLayoutBinding){.binding = i, .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
+        bindings[i] = (VkDescriptorSetLayoutBinding){.binding = i, .descriptorType = texel >> i & 1 ? VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER
+                                                                                       : VK_DESCRIPTOR_TYPE_STORAGE_BUFFER,
                                                      .descriptorCount = 1, .stageFlags = VK_SHADER_STAGE_COMPUTE_BIT};
     }
     const VkDescriptorSetLayoutCreateInfo set = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_LAYOUT_CREATE_INFO,
                                                  .bindingCount = n, .pBindings = bindings};
     VkResult r = VK_SUCCESS;
-    if (!s->set_layouts[n]) {
-        r = dev->vk.vkCreateDescriptorSetLayout(dev->handle, &set, NULL, &s->set_layouts[n]);
+    if (!s->set_layouts[k]) {
+        r = dev->vk.vkCreateDescriptorSetLayout(dev->handle, &set, NULL, &s->set_layouts[k]);
     }
     if (r == VK_SUCCESS) {
         const VkPushConstantRange push = {.stageFlags = VK_SHADER_STAGE_COMPUTE_BIT, .size = KEEL_MAX_PUSH};
         const VkPipelineLayoutCreateInfo layout = {.sType = VK_STRUCTURE_TYPE_PIPELINE_LAYOUT_CREATE_INFO, .setLayoutCount = 1,
-                                                   .pSetLayouts = &s->set_layouts[n], .pushConstantRangeCount = 1,
+                                                   .pSetLayouts = &s->set_layouts[k], .pushConstantRangeCount = 1,
                                                    .pPushConstantRanges = &push};
-        r = dev->vk.vkCreatePipelineLayout(dev->handle, &layout, NULL, &s->layouts[n]);
+        r = dev->vk.vkCreatePipelineLayout(dev->handle, &layout, NULL, &s->layouts[k]);
     }
     return r == VK_SUCCESS ? KEEL_OK : keel_vk_failed(dev, r, "making a pipeline layout");
 }
@@ -173,7 +175,7 @@ static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const str
     VkShaderModule module = VK_NULL_HANDLE;
     const struct shader_needs needs = keel_reflect(d->shader->code, d->shader->code_words);
     KEEL_TRY(check_dispatch(dev, d, &needs));
-    KEEL_TRY(get_layout(dev, d->n_bind));
+    KEEL_TRY(get_layout(dev, d->n_bind, needs.texel));
     for (uint32_t i = 0; i < d->n_spec; ++i) {
         entries[i] = (VkSpecializationMapEntry){.constantID = i, .offset = 4 * i, .size = 4};
     }
@@ -186,7 +188,7 @@ static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const str
             .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
             .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .stage = VK_SHADER_STAGE_COMPUTE_BIT,
                       .module = module, .pName = "main", .pSpecializationInfo = &spec},
-            .layout = dev->pipelines.layouts[d->n_bind]};
+            .layout = dev->pipelines.layouts[layout_index(d->n_bind, needs.texel)]};
         r = dev->vk.vkCreateComputePipelines(dev->handle, dev->pipelines.cache, 1, &info, NULL, &p->handle);
     }
     if (r != VK_SUCCESS) {
@@ -196,7 +198,9 @@ static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const str
         st = keel_vk_failed(dev, r, what);
         goto out;
     }
-    p->layout = dev->pipelines.layouts[d->n_bind];
+    p->layout = dev->pipelines.layouts[layout_index(d->n_bind, needs.texel)];
+    p->texel = needs.texel;
+    p->texel_float = needs.texel_float;
     p->push_bytes = needs.push_bytes;
 out:
     dev->vk.vkDestroyShaderModule(dev->handle, module, NULL);

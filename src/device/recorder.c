@@ -47,7 +47,7 @@ struct part {
     VkCommandBuffer cmd;
     VkFence fence;
     VkQueryPool queries; // [0] start, then the end of each dispatch (profiling) or of all; absent without timestamps
-    struct set_list sets[KEEL_MAX_BINDS + 1]; // by number of bindings
+    struct set_list sets[N_LAYOUTS]; // by layout_index()
     struct entry *entries; // profiling only
     uint32_t n_entries, cap_entries;
     uint32_t n; // commands that do work
@@ -92,7 +92,7 @@ static bool vk_ok(keel_recorder *rec, VkResult r, const char *what)
 
 static void free_part(keel_device *dev, struct part *p)
 {
-    for (uint32_t n = 0; n <= KEEL_MAX_BINDS; ++n) {
+    for (uint32_t n = 0; n < N_LAYOUTS; ++n) {
         for (uint32_t i = 0; i < p->sets[n].n_pools; ++i) {
             dev->vk.vkDestroyDescriptorPool(dev->handle, p->sets[n].pools[i], NULL);
         }
@@ -277,7 +277,7 @@ static void begin_part(keel_recorder *rec)
         return;
     }
     wait_part(rec, p);
-    for (uint32_t n = 0; n <= KEEL_MAX_BINDS; ++n) {
+    for (uint32_t n = 0; n < N_LAYOUTS; ++n) {
         p->sets[n].used = 0;
     }
     p->n = p->n_entries = 0;
@@ -457,13 +457,15 @@ out:
 }
 
 // Adds a pool and its sets to a list.
-static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t n_bind)
+static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t layout)
 {
     keel_device *dev = rec->dev;
     VkDescriptorSetLayout layouts[POOL_SETS];
-    const VkDescriptorPoolSize size = {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * n_bind};
+    const VkDescriptorPoolSize size[2] = {
+        {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * (layout >> MAX_TEXEL_BINDS)},
+        {.type = VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER, .descriptorCount = POOL_SETS * MAX_TEXEL_BINDS}};
     const VkDescriptorPoolCreateInfo pool = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = POOL_SETS,
-                                             .poolSizeCount = 1, .pPoolSizes = &size};
+                                             .poolSizeCount = 2, .pPoolSizes = size};
     VkDescriptorPool *pools = realloc(l->pools, (l->n_pools + 1) * sizeof(VkDescriptorPool));
     l->pools = pools ? pools : l->pools;
     VkDescriptorSet *sets = realloc(l->sets, (size_t)(l->n_pools + 1) * POOL_SETS * sizeof(VkDescriptorSet));
@@ -477,7 +479,7 @@ static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t n_bind)
         return false;
     }
     for (uint32_t i = 0; i < POOL_SETS; ++i) {
-        layouts[i] = dev->pipelines.set_layouts[n_bind];
+        layouts[i] = dev->pipelines.set_layouts[layout];
     }
     const VkDescriptorSetAllocateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_ALLOCATE_INFO,
                                               .descriptorPool = l->pools[l->n_pools], .descriptorSetCount = POOL_SETS,
@@ -491,26 +493,41 @@ static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t n_bind)
     return true;
 }
 
-static VkDescriptorSet next_set(keel_recorder *rec, uint32_t n_bind)
+static VkDescriptorSet next_set(keel_recorder *rec, uint32_t layout)
 {
-    struct set_list *l = &rec->open->sets[n_bind];
-    if (l->used == l->n_pools * POOL_SETS && !grow_sets(rec, l, n_bind)) {
+    struct set_list *l = &rec->open->sets[layout];
+    if (l->used == l->n_pools * POOL_SETS && !grow_sets(rec, l, layout)) {
         return VK_NULL_HANDLE;
     }
     return l->sets[l->used++];
 }
 
-static void write_set(keel_device *dev, VkDescriptorSet set, const struct keel_dispatch *d)
+static keel_status write_set(keel_device *dev, VkDescriptorSet set, const struct keel_dispatch *d, const struct pipeline *p)
 {
+    keel_status st = KEEL_OK;
     VkDescriptorBufferInfo buffers[KEEL_MAX_BINDS];
-    VkWriteDescriptorSet write = {.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .descriptorCount = d->n_bind,
-                                  .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .pBufferInfo = buffers};
-    for (uint32_t i = 0; i < d->n_bind; ++i) {
+    VkBufferView views[KEEL_MAX_BINDS];
+    VkWriteDescriptorSet writes[MAX_TEXEL_BINDS + 1];
+    uint32_t n = 0, first = 0;
+    while (first < d->n_bind && p->texel >> first & 1) {
+        KEEL_TRY(keel_texel_view(dev, d->bind[first].span, p->texel_float >> first & 1, &views[first]));
+        writes[n++] = (VkWriteDescriptorSet){.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .dstBinding = first,
+                                             .descriptorCount = 1, .descriptorType = VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER,
+                                             .pTexelBufferView = &views[first]};
+        ++first;
+    }
+    for (uint32_t i = first; i < d->n_bind; ++i) {
         const struct keel_span s = d->bind[i].span;
         buffers[i] = (VkDescriptorBufferInfo){.buffer = s.block->buffer, .offset = s.offset, .range = s.bytes};
     }
-    // One write runs over consecutive bindings of one buffer each (Vulkan 1.1, 14.2.4, "consecutive binding updates").
-    dev->vk.vkUpdateDescriptorSets(dev->handle, 1, &write, 0, NULL);
+    if (first < d->n_bind) { // one write runs over consecutive bindings of one buffer each (Vulkan 1.1, 14.2.4)
+        writes[n++] = (VkWriteDescriptorSet){.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .dstBinding = first,
+                                             .descriptorCount = d->n_bind - first,
+                                             .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .pBufferInfo = buffers + first};
+    }
+    dev->vk.vkUpdateDescriptorSets(dev->handle, n, writes, 0, NULL);
+out:
+    return st;
 }
 
 void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
@@ -538,11 +555,15 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
     }
     const VkCommandBuffer cmd = rec->open->cmd;
     if (d->n_bind > 0) {
-        const VkDescriptorSet set = next_set(rec, d->n_bind);
+        const VkDescriptorSet set = next_set(rec, layout_index(d->n_bind, p->texel));
         if (!set) {
             return;
         }
-        write_set(dev, set, d);
+        st = write_set(dev, set, d, p);
+        if (st != KEEL_OK) {
+            fail(rec, st);
+            return;
+        }
         dev->vk.vkCmdBindDescriptorSets(cmd, VK_PIPELINE_BIND_POINT_COMPUTE, p->layout, 0, 1, &set, 0, NULL);
     }
     order(rec, d->bind, d->n_bind, COMPUTE);

@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 
+enum { OP_TYPE_IMAGE = 25, OP_TYPE_SAMPLED_IMAGE = 27, DIM_BUFFER = 5 };
 enum { OP_TYPE_INT = 21, OP_TYPE_FLOAT = 22, OP_TYPE_VECTOR = 23, OP_TYPE_ARRAY = 28, OP_TYPE_STRUCT = 30, OP_TYPE_POINTER = 32 };
 enum { OP_CONSTANT = 43, OP_VARIABLE = 59, OP_DECORATE = 71, OP_MEMBER_DECORATE = 72 };
 enum { DECORATION_BINDING = 33, DECORATION_SET = 34, DECORATION_OFFSET = 35, DECORATION_ARRAY_STRIDE = 6 };
@@ -62,8 +63,11 @@ static bool visit(const uint32_t *code, uint32_t at, uint32_t n, struct id_info 
 {
     const uint32_t *w = code + at, op = w[0] & 0xffff;
     const bool is_type = op == OP_TYPE_INT || op == OP_TYPE_FLOAT || op == OP_TYPE_VECTOR || op == OP_TYPE_ARRAY
-        || op == OP_TYPE_STRUCT || op == OP_TYPE_POINTER;
+        || op == OP_TYPE_STRUCT || op == OP_TYPE_POINTER || op == OP_TYPE_IMAGE || op == OP_TYPE_SAMPLED_IMAGE;
     if (is_type && op != OP_TYPE_STRUCT && n < 3) {
+        return false;
+    }
+    if (op == OP_TYPE_IMAGE && n < 9) {
         return false;
     }
     if ((op == OP_TYPE_VECTOR || op == OP_TYPE_ARRAY || op == OP_TYPE_POINTER || op == OP_CONSTANT || op == OP_VARIABLE) && n < 4) {
@@ -84,13 +88,33 @@ static bool visit(const uint32_t *code, uint32_t at, uint32_t n, struct id_info 
     return true;
 }
 
+// Notes whether a bound variable is a texel buffer. False for any other kind of image.
+static bool note_texels(struct shader_needs *out, const uint32_t *code, const struct id_info *ids, uint32_t bound, uint32_t id)
+{
+    const uint32_t pointer = code[ids[id].at + 1], binding = ids[id].binding;
+    uint32_t type = pointer < bound && op_of(code, ids, pointer) == OP_TYPE_POINTER ? code[ids[pointer].at + 3] : 0;
+    if (type < bound && op_of(code, ids, type) == OP_TYPE_SAMPLED_IMAGE) {
+        type = code[ids[type].at + 2];
+    }
+    if (type >= bound || op_of(code, ids, type) != OP_TYPE_IMAGE) {
+        return true;
+    }
+    const uint32_t *w = code + ids[type].at;
+    if (w[3] != DIM_BUFFER || w[7] != 1 || binding >= MAX_TEXEL_BINDS || w[2] >= bound) {
+        return false;
+    }
+    out->texel |= 1u << binding;
+    out->texel_float |= (uint32_t)(op_of(code, ids, w[2]) == OP_TYPE_FLOAT) << binding;
+    return true;
+}
+
 // Adds one variable to what is needed.
 static bool add_variable(struct shader_needs *out, const uint32_t *code, const struct id_info *ids, uint32_t bound, uint32_t id)
 {
     const uint32_t *w = code + ids[id].at;
     if (ids[id].has_binding) {
         out->bindings = KEEL_MAX(out->bindings, ids[id].binding + 1);
-        return !ids[id].wrong_set && ids[id].binding < KEEL_MAX_BINDS;
+        return !ids[id].wrong_set && ids[id].binding < KEEL_MAX_BINDS && note_texels(out, code, ids, bound, id);
     }
     if (w[3] != STORAGE_PUSH_CONSTANT) {
         return true;
@@ -129,6 +153,7 @@ struct shader_needs keel_reflect(const uint32_t *code, uint32_t words)
             out.ok = add_variable(&out, code, ids, bound, id);
         }
     }
+    out.ok = out.ok && (out.texel & (out.texel + 1)) == 0; // texels come first: bindings 0, then 1
     free(ids);
     return out;
 }

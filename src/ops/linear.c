@@ -60,7 +60,8 @@ void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange;
+    // x is read as texels of four numbers
+    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange && w->cols % 4 == 0;
     for (uint32_t i = 0; i < w->n_shards; i++) {
         const struct keel_shard *s = &w->shard[i];
         const uint32_t tiles = keel_div_up(s->rows, 64);
@@ -96,7 +97,7 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange;
+    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange && w->rows % 4 == 0; // dy as texels
     const uint32_t tokens = p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1; // 16 sums each: more spill registers
     const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
     const uint32_t lanes_k = keel_div_up(w->cols, 32) * 2;

@@ -41,7 +41,7 @@ struct keel_caps {
     bool unified;               // device memory can be written by the host: no staging copies
     bool host_cached;           // cached host memory for reading back
     bool subgroup_arith;        // subgroupAdd and the like may be used
-    bool exchange;              // variants that hand values from lane to lane and read 64-bit words are used: supported and measured
+    bool exchange;              // variants that hand values from lane to lane and read texels are used: supported and measured
                                 // faster than equal loads by all lanes
     bool storage16, storage8;   // 16- and 8-bit storage buffers may be used
     bool float16, int8;         // 16-bit float and 8-bit integer arithmetic may be used
