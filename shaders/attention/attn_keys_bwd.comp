@@ -12,8 +12,8 @@ layout(constant_id = 1) const uint ELEMS = 4; // as in attn_mix
 const uint GROUP = 4;                         // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
-layout(set = 0, binding = 1) restrict readonly buffer A { float a[]; };        // [T, H, d]
+OPERAND(0, p)
+OPERAND(1, a)        // [T, H, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // lo, hi, slot, q_lo, q_hi
 layout(set = 0, binding = 3) restrict writeonly buffer D { float dkv[]; };     // [T, G, d]
 
@@ -21,7 +21,7 @@ float weight(uint h, uint t, uint j)
 {
     const uint lo = spans[t * 8u], hi = spans[t * 8u + 1u];
     const bool seen = j >= lo && j < hi;
-    const float v = p[(h * pc.p_rows + t) * pc.p_cols + (seen ? j - lo : 0u)];
+    const float v = p((h * pc.p_rows + t) * pc.p_cols + (seen ? j - lo : 0u));
     return seen ? v : 0.0;
 }
 
@@ -51,7 +51,7 @@ void main()
     if (t + i < t_end) { \
         const uint row = ((t + i) * pc.n_heads + h) * pc.head_dim; \
         [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float av = a[row + min(gl_LocalInvocationID.x + 64u * e, last)]; \
+            const float av = a(row + min(gl_LocalInvocationID.x + 64u * e, last)); \
             [[unroll]] for (uint n = 0; n < GROUP; n++) { \
                 acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * av; \
             } \

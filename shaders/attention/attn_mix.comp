@@ -12,15 +12,15 @@ layout(constant_id = 1) const uint ELEMS = 4; // elements of the head a lane wor
 const uint GROUP = 4;                        // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer P { float p[]; };
-layout(set = 0, binding = 1) restrict readonly buffer B { float b[]; };        // [R, G, d]
+OPERAND(0, p)
+OPERAND(1, b)        // [R, G, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; };
 layout(set = 0, binding = 3) restrict writeonly buffer O { float o[]; };       // [T, H, d]
 
 float weight(uint at, uint j, uint lo, uint hi)
 {
     const bool seen = j >= lo && j < hi;
-    const float v = p[at + (seen ? j - lo : 0u)];
+    const float v = p(at + (seen ? j - lo : 0u));
     return seen ? v : 0.0;
 }
 
@@ -56,7 +56,7 @@ void main()
         const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim; \
         slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
         [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float bv = b[key + min(gl_LocalInvocationID.x + 64u * e, last)]; \
+            const float bv = b(key + min(gl_LocalInvocationID.x + 64u * e, last)); \
             [[unroll]] for (uint n = 0; n < GROUP; n++) { \
                 acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * bv; \
             } \

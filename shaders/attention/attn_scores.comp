@@ -11,8 +11,8 @@ layout(local_size_x_id = 0) in; // 64
 const uint GROUP = 4;           // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer A { float a[]; };        // [T, H, d]
-layout(set = 0, binding = 1) restrict readonly buffer B { float b[]; };        // [R, G, d]
+OPERAND(0, a)        // [T, H, d]
+OPERAND(1, b)        // [R, G, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // [T] of 8 words: lo, hi, ...
 layout(set = 0, binding = 3) restrict writeonly buffer P { float p[]; };
 
@@ -41,11 +41,11 @@ void main()
         [[dont_unroll]] for (; d + 8u <= pc.head_dim; d += 8u) {
             EIGHT(av, GROUP);
             [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                FILL_EIGHT(av, i, I, a[at[i] + d + I])
+                FILL_EIGHT(av, i, I, a(at[i] + d + I))
             }
 #define MAC(e) \
     { \
-        const float kv = b[key + d + e]; \
+        const float kv = b(key + d + e); \
         [[unroll]] for (uint i = 0; i < GROUP; i++) { \
             acc[i] += PICK_EIGHT(av, i, e) * kv; \
         } \
@@ -53,9 +53,9 @@ void main()
             EACH_EIGHT(MAC)
         }
         [[dont_unroll]] for (; d < pc.head_dim; d++) {
-            const float kv = b[key + d];
+            const float kv = b(key + d);
             [[unroll]] for (uint i = 0; i < GROUP; i++) {
-                acc[i] += a[at[i] + d] * kv;
+                acc[i] += a(at[i] + d) * kv;
             }
         }
         [[unroll]] for (uint i = 0; i < GROUP; i++) {

@@ -5,6 +5,7 @@
 //   FILL_EIGHT(v, g, I, e)  group g, value I is e; e must be a valid expression for I = 0 ... 7
 //   PICK_EIGHT(v, g, i)     value i (a literal) of group g
 //   EACH_EIGHT(X)           X(0u) ... X(7u)
+//   OPERAND(n, v)           binding n, f32, read as v(index): a storage buffer, or with EXCHANGE texels (n: 0, or 0 and 1)
 #ifdef EXCHANGE
 #extension GL_KHR_shader_subgroup_ballot : require
 #define EIGHT(v, n) float v[n]
@@ -14,6 +15,12 @@
         v[g] = e; \
     }
 #define PICK_EIGHT(v, g, i) subgroupBroadcast(v[g], i)
+#define OPERAND(n, v) \
+    layout(set = 0, binding = n) uniform samplerBuffer v##_texels; \
+    float v(uint at) \
+    { \
+        return texelFetch(v##_texels, int(at >> 2))[at & 3u]; \
+    }
 #else
 #define EIGHT(v, n) float v[(n) * 8]
 #define FILL_EIGHT(v, g, I, e) \
@@ -21,5 +28,11 @@
         v[(g) * 8u + I] = e; \
     }
 #define PICK_EIGHT(v, g, i) v[(g) * 8u + (i)]
+#define OPERAND(n, v) \
+    layout(set = 0, binding = n) restrict readonly buffer v##_buffer { float v##_values[]; }; \
+    float v(uint at) \
+    { \
+        return v##_values[at]; \
+    }
 #endif
 #define EACH_EIGHT(X) X(0u) X(1u) X(2u) X(3u) X(4u) X(5u) X(6u) X(7u)

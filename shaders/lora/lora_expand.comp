@@ -10,8 +10,8 @@ layout(local_size_x_id = 0) in;                // 64
 layout(constant_id = 1) const uint TOKENS = 1; // tokens a lane works on
 
 layout(push_constant) uniform Push { lora_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer H { float h[]; }; // [T, r]
-layout(set = 0, binding = 1) restrict readonly buffer M { float m[]; };
+OPERAND(0, h) // [T, r]
+OPERAND(1, m)
 layout(set = 0, binding = 2) restrict buffer Y { float y[]; };          // [T, wide]
 
 void main()
@@ -29,11 +29,11 @@ void main()
     [[dont_unroll]] for (uint c = 0; c < pc.rank; c += 8u) {
         EIGHT(hv, TOKENS);
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-            FILL_EIGHT(hv, t, I, h[row[t] + min(c + I, pc.rank - 1u)])
+            FILL_EIGHT(hv, t, I, h(row[t] + min(c + I, pc.rank - 1u)))
         }
 #define MAC(i) \
     { \
-        const float mv = c + i < pc.rank ? m[at + min(c + i, pc.rank - 1u) * pc.s_rank] : 0.0; \
+        const float mv = c + i < pc.rank ? m(at + min(c + i, pc.rank - 1u) * pc.s_rank) : 0.0; \
         [[unroll]] for (uint t = 0; t < TOKENS; t++) { \
             acc[t] += PICK_EIGHT(hv, t, i) * mv; \
         } \

@@ -10,8 +10,8 @@ layout(local_size_x_id = 0) in; // 64
 const uint COLS = 8;            // ranks a lane works on
 
 layout(push_constant) uniform Push { lora_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer Z { float z[]; }; // [T, wide]
-layout(set = 0, binding = 1) restrict readonly buffer H { float h[]; }; // [T, r]
+OPERAND(0, z) // [T, wide]
+OPERAND(1, h) // [T, r]
 layout(set = 0, binding = 2) restrict buffer M { float m[]; };
 
 void main()
@@ -25,9 +25,9 @@ void main()
         acc[i] = 0.0;
     }
     [[dont_unroll]] for (uint t = 0; t < pc.n_tokens; t++) {
-        const float zv = z[t * pc.wide + nn];
+        const float zv = z(t * pc.wide + nn);
         EIGHT(hv, 1);
-        FILL_EIGHT(hv, 0u, I, h[t * pc.rank + min(c0 + I, pc.rank - 1u)])
+        FILL_EIGHT(hv, 0u, I, h(t * pc.rank + min(c0 + I, pc.rank - 1u)))
 #define MAC(i) acc[i] += zv * PICK_EIGHT(hv, 0u, i);
         EACH_EIGHT(MAC)
     }

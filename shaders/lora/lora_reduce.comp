@@ -11,8 +11,8 @@ layout(constant_id = 1) const uint SLICES = 1; // lanes a token: 1 (many tokens)
 const uint COLS = 8;                           // ranks a workgroup works on
 
 layout(push_constant) uniform Push { lora_pc pc; };
-layout(set = 0, binding = 0) restrict readonly buffer X { float x[]; };  // [T, wide]
-layout(set = 0, binding = 1) restrict readonly buffer M { float m[]; };
+OPERAND(0, x)  // [T, wide]
+OPERAND(1, m)
 layout(set = 0, binding = 2) restrict writeonly buffer H { float h[]; }; // [T, r]
 
 shared float part[SLICES > 1 ? 64 * COLS : 1];
@@ -32,15 +32,15 @@ void main()
         acc[i] = 0.0;
     }
     [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
-        const float xv = x[row + k];
+        const float xv = x(row + k);
         EIGHT(mv, 1);
         if (SLICES <= 8) {
-            FILL_EIGHT(mv, 0u, I, m[k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank])
+            FILL_EIGHT(mv, 0u, I, m(k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
 #define MAC(i) acc[i] += xv * PICK_EIGHT(mv, 0u, i);
             EACH_EIGHT(MAC)
         } else {
             [[unroll]] for (uint i = 0; i < COLS; i++) {
-                acc[i] += xv * m[k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank];
+                acc[i] += xv * m(k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank);
             }
         }
     }

@@ -67,7 +67,7 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
     c->max_range = k->range ? KEEL_MIN(c->max_range, k->range) : c->max_range;
     c->max_buffer = k->buffer ? KEEL_MIN(c->max_buffer, k->buffer) : c->max_buffer;
     c->subgroup_arith = c->subgroup_arith && !k->no_arith;
-    c->exchange = c->exchange && !k->no_subgroup && !k->no_arith; // boards without the one lack 64-bit integers as well
+    c->exchange = c->exchange && !k->no_subgroup && !k->no_arith;
     c->storage16 = c->storage16 && !k->no_storage16;
     c->storage8 = c->storage8 && !k->no_storage8;
     c->float16 = c->float16 && !k->no_float16;
@@ -268,7 +268,7 @@ static void read_features(struct keel_caps *c, struct feature_set *f, VkPhysical
     f->budget = want(f, ext, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME, false);
     (void)want(f, ext, "VK_KHR_portability_subset", false); // must be enabled where it is listed (MoltenVK)
     vkGetPhysicalDeviceFeatures2(phys, &q);
-    c->exchange = q.features.shaderInt64;
+    c->exchange = true; // until the properties say otherwise
     c->storage16 = f->storage16.storageBuffer16BitAccess;
     c->storage8 = f->storage8.storageBuffer8BitAccess;
     c->float16 = f->float16_int8.shaderFloat16;

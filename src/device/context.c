@@ -267,7 +267,6 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     memcpy(dev->cache_uuid, props.pipelineCacheUUID, VK_UUID_SIZE);
 
     VkPhysicalDeviceFeatures2 enable = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_FEATURES_2, .pNext = &f.storage16};
-    enable.features.shaderInt64 = dev->caps.exchange;
     void **tail = &f.storage16.pNext;
     *tail = NULL;
     if (dev->caps.storage8) {

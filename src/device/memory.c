@@ -331,7 +331,8 @@ struct keel_span keel_span_sub(struct keel_span s, uint64_t offset, uint64_t byt
 
 keel_status keel_texel_view(keel_device *dev, struct keel_span s, bool is_float, VkBufferView *out)
 {
-    const uint64_t bytes = s.bytes / TEXEL_BYTES * TEXEL_BYTES;
+    // Up to a whole texel: spans are cut in units of 256 bytes, so what follows belongs to nobody else.
+    const uint64_t bytes = KEEL_MIN(keel_align_up(s.bytes, TEXEL_BYTES), (s.block->bytes - s.offset) / TEXEL_BYTES * TEXEL_BYTES);
     for (const struct texel_view *v = s.block->views; v; v = v->next) {
         if (v->offset == s.offset && v->bytes == bytes && v->is_float == is_float) {
             *out = v->handle;
