@@ -24,11 +24,12 @@ void main()
         float sum = 0.0, first = 0.0;
         for (uint s = 0; s < pc.segments; s++) {
             const vec4 part = partial[row * pc.segments + s];
-            const float e = exp(part.x - best);
+            const float x = part.x - best, e = exp(x);
             sum += part.y * e;
-            first += part.z * e;
+            first += (part.z + part.y * x) * e;
         }
-        const float lse = best + log(sum);
-        stats[row] = vec4(best, lse, logits[row * pc.vocab + targets[row]], lse - first / sum);
+        // sum >= 1 and first <= 0: the entropy cannot come out below zero
+        const float log_sum = log(sum);
+        stats[row] = vec4(best, best + log_sum, logits[row * pc.vocab + targets[row]], log_sum - first / sum);
     }
 }

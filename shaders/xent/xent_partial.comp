@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// xent_partial: for one segment of a row of logits: maximum m, Σ exp(l - m), Σ exp(l - m) · l.
+// xent_partial: for one segment of a row of logits: maximum m, Σ exp(l - m), Σ exp(l - m) · (l - m). Logits relative to the
+// maximum, so that the entropy of a row does not depend on how large its logits are.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
@@ -26,10 +27,10 @@ void main()
     best = reduce_max(best, false);
     float sum = 0.0, first = 0.0;
     for (uint i = begin + gl_LocalInvocationID.x; i < end; i += 64u) {
-        const float l = logits[at + i];
-        const float e = exp(l - best);
+        const float x = logits[at + i] - best;
+        const float e = exp(x);
         sum += e;
-        first += e * l;
+        first += e * x;
     }
     sum = reduce_sum(sum, true);
     first = reduce_sum(first, true);
