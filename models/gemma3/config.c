@@ -11,7 +11,7 @@
 
 // --- metadata ------------------------------------------------------------------------------------
 
-static keel_status get_u32(const keel_gguf *g, const char *key, uint32_t lo, uint32_t hi, uint32_t *out, const keel_log *log)
+keel_status keel_meta_u32(const keel_gguf *g, const char *key, uint32_t lo, uint32_t hi, uint32_t *out, const keel_log *log)
 {
     uint64_t v = 0;
     if (!keel_gguf_u64(g, key, &v)) {
@@ -27,8 +27,8 @@ static keel_status get_u32(const keel_gguf *g, const char *key, uint32_t lo, uin
     return KEEL_OK;
 }
 
-static keel_status get_f32(const keel_gguf *g, const char *key, bool required, double lo, double hi, float *out,
-                           const keel_log *log)
+keel_status keel_meta_f32(const keel_gguf *g, const char *key, bool required, double lo, double hi, float *out,
+                          const keel_log *log)
 {
     double v = 0;
     if (!keel_gguf_f64(g, key, &v)) {
@@ -81,11 +81,11 @@ static keel_status read_rope(struct keel_gemma3 *c, const keel_gguf *g, const ke
     c->rope_base[KEEL_LOCAL] = 10000.0f; // Gemma 3 report, section 2
     c->rope_base[KEEL_GLOBAL] = 1000000.0f;
     c->rope_factor[KEEL_LOCAL] = c->rope_factor[KEEL_GLOBAL] = 1.0f;
-    KEEL_TRY(get_f32(g, "gemma3.rope.freq_base", false, 1.0, 1e12, &c->rope_base[KEEL_GLOBAL], log));
-    KEEL_TRY(get_f32(g, "gemma3.rope.freq_base_swa", false, 1.0, 1e12, &c->rope_base[KEEL_LOCAL], log));
+    KEEL_TRY(keel_meta_f32(g, "gemma3.rope.freq_base", false, 1.0, 1e12, &c->rope_base[KEEL_GLOBAL], log));
+    KEEL_TRY(keel_meta_f32(g, "gemma3.rope.freq_base_swa", false, 1.0, 1e12, &c->rope_base[KEEL_LOCAL], log));
     const char *type = keel_gguf_str(g, "gemma3.rope.scaling.type", NULL);
     if (type && strcmp(type, "linear") == 0) {
-        KEEL_TRY(get_f32(g, "gemma3.rope.scaling.factor", true, 1.0, 1e6, &c->rope_factor[KEEL_GLOBAL], log));
+        KEEL_TRY(keel_meta_f32(g, "gemma3.rope.scaling.factor", true, 1.0, 1e6, &c->rope_factor[KEEL_GLOBAL], log));
     } else if (type && strcmp(type, "none") != 0) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: rope scaling \"%s\" is not supported; keel knows \"linear\" and \"none\"",
                   keel_gguf_name(g), type);
@@ -105,14 +105,14 @@ static keel_status read_shape(struct keel_gemma3 *c, const keel_gguf *g, const k
     uint32_t value_dim = 0;
     uint64_t window = 0;
     double cap = 0;
-    KEEL_TRY(get_u32(g, "gemma3.block_count", 1, 512, &c->n_layers, log));
-    KEEL_TRY(get_u32(g, "gemma3.embedding_length", 8, 1u << 17, &c->width, log));
-    KEEL_TRY(get_u32(g, "gemma3.feed_forward_length", 8, 1u << 20, &c->ff_width, log));
-    KEEL_TRY(get_u32(g, "gemma3.context_length", 1, 1u << 24, &c->context, log));
-    KEEL_TRY(get_u32(g, "gemma3.attention.head_count", 1, 1024, &c->n_heads, log));
+    KEEL_TRY(keel_meta_u32(g, "gemma3.block_count", 1, 512, &c->n_layers, log));
+    KEEL_TRY(keel_meta_u32(g, "gemma3.embedding_length", 8, 1u << 17, &c->width, log));
+    KEEL_TRY(keel_meta_u32(g, "gemma3.feed_forward_length", 8, 1u << 20, &c->ff_width, log));
+    KEEL_TRY(keel_meta_u32(g, "gemma3.context_length", 1, 1u << 24, &c->context, log));
+    KEEL_TRY(keel_meta_u32(g, "gemma3.attention.head_count", 1, 1024, &c->n_heads, log));
     c->n_kv_heads = c->n_heads;
     if (keel_gguf_u64(g, "gemma3.attention.head_count_kv", &window)) {
-        KEEL_TRY(get_u32(g, "gemma3.attention.head_count_kv", 1, c->n_heads, &c->n_kv_heads, log));
+        KEEL_TRY(keel_meta_u32(g, "gemma3.attention.head_count_kv", 1, c->n_heads, &c->n_kv_heads, log));
     }
     if (c->n_heads % c->n_kv_heads != 0) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: %u attention heads cannot share %u key/value heads evenly", keel_gguf_name(g),
@@ -120,20 +120,20 @@ static keel_status read_shape(struct keel_gemma3 *c, const keel_gguf *g, const k
     }
     c->head_dim = c->width / c->n_heads;
     if (keel_gguf_u64(g, "gemma3.attention.key_length", &window)) {
-        KEEL_TRY(get_u32(g, "gemma3.attention.key_length", 2, 1024, &c->head_dim, log));
+        KEEL_TRY(keel_meta_u32(g, "gemma3.attention.key_length", 2, 1024, &c->head_dim, log));
     }
     value_dim = c->head_dim;
     if (keel_gguf_u64(g, "gemma3.attention.value_length", &window)) {
-        KEEL_TRY(get_u32(g, "gemma3.attention.value_length", 2, 1024, &value_dim, log));
+        KEEL_TRY(keel_meta_u32(g, "gemma3.attention.value_length", 2, 1024, &value_dim, log));
     }
     if (value_dim != c->head_dim || c->head_dim % 2 != 0 || c->head_dim == 0) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: head sizes %u (keys) and %u (values); keel needs one even size",
                   keel_gguf_name(g), c->head_dim, value_dim);
     }
     if (keel_gguf_u64(g, "gemma3.attention.sliding_window", &window) && window > 0) {
-        KEEL_TRY(get_u32(g, "gemma3.attention.sliding_window", 1, 1u << 24, &c->window, log));
+        KEEL_TRY(keel_meta_u32(g, "gemma3.attention.sliding_window", 1, 1u << 24, &c->window, log));
     }
-    KEEL_TRY(get_f32(g, "gemma3.attention.layer_norm_rms_epsilon", true, 1e-12, 1e-2, &c->eps, log));
+    KEEL_TRY(keel_meta_f32(g, "gemma3.attention.layer_norm_rms_epsilon", true, 1e-12, 1e-2, &c->eps, log));
     if (keel_gguf_f64(g, "gemma3.final_logit_softcapping", &cap) && cap != 0) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: logit softcapping (%g) belongs to Gemma 2, which keel does not run",
                   keel_gguf_name(g), cap);

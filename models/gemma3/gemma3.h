@@ -58,6 +58,12 @@ struct keel_gemma3_source {
 keel_status keel_gemma3_read(struct keel_gemma3 *c, struct keel_gemma3_source *s, const keel_gguf *g, const keel_log *log);
 void keel_gemma3_finish(struct keel_gemma3 *c, struct keel_gemma3_source *s); // frees; accepts all-zero
 
+// A count or a number of the metadata, which must lie in [lo, hi]. Errors: FORMAT (missing, another type, out of range). A
+// number that is not required leaves *out as it is.
+keel_status keel_meta_u32(const keel_gguf *g, const char *key, uint32_t lo, uint32_t hi, uint32_t *out, const keel_log *log);
+keel_status keel_meta_f32(const keel_gguf *g, const char *key, bool required, double lo, double hi, float *out,
+                          const keel_log *log);
+
 // --- weights (weights.c) -------------------------------------------------------------------------
 
 struct keel_gemma3_block {
@@ -87,6 +93,20 @@ struct keel_model {
 
 // Uploads all weights into model->heap. Errors: NO_MEMORY, NUMERIC, DEVICE_LOST.
 keel_status keel_gemma3_upload(keel_model *model);
+// Where weights come from and go to, for the three functions below.
+struct keel_uploader {
+    const keel_log *log;
+    const char *path;           // of the file, for messages
+    const struct keel_map *map; // pages that are done with are given back
+    keel_device *dev;
+    keel_heap *heap;
+};
+// Errors: NUMERIC (NaN or infinity; names the tensor), NO_MEMORY.
+keel_status keel_weights_finite(const struct keel_uploader *u, const struct keel_gguf_tensor *t);
+// As a matrix of dims[1] rows. Errors: as above, DEVICE_LOST.
+keel_status keel_upload_matrix(const struct keel_uploader *u, struct keel_matrix *m, const struct keel_gguf_tensor *t);
+// As f32 whatever the file holds: norms, biases, positions. Errors: as above, DEVICE_LOST.
+keel_status keel_upload_floats(const struct keel_uploader *u, struct keel_span *span, const struct keel_gguf_tensor *t);
 // Device bytes of the embedding and head matrices, and of everything else.
 void keel_gemma3_weight_bytes(const keel_model *model, uint64_t *embd, uint64_t *rest);
 

@@ -57,7 +57,7 @@ static void check_job(void *user, uint32_t job)
     c->bad[job] = bad;
 }
 
-static keel_status check_finite(const keel_model *model, const struct keel_gguf_tensor *t)
+keel_status keel_weights_finite(const struct keel_uploader *u, const struct keel_gguf_tensor *t)
 {
     keel_status st = KEEL_OK;
     const struct keel_dtype_info *info = keel_dtype_info((uint32_t)t->type);
@@ -66,13 +66,13 @@ static keel_status check_finite(const keel_model *model, const struct keel_gguf_
     const uint64_t jobs = (c.n_blocks + c.per_job - 1) / c.per_job;
     c.bad = calloc((size_t)jobs + 1, 1);
     if (!c.bad) {
-        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory to check tensor \"%s\"", model->info.path, t->name);
+        KEEL_FAIL(u->log, KEEL_ERR_NO_MEMORY, "%s: no memory to check tensor \"%s\"", u->path, t->name);
     }
     keel_parallel_for((uint32_t)jobs, check_job, &c);
     for (uint64_t j = 0; j < jobs; j++) {
         if (c.bad[j]) {
-            KEEL_FAIL(model->log, KEEL_ERR_NUMERIC,
-                      "%s: tensor \"%s\" holds NaN or infinity; the file is damaged, fetch it again", model->info.path, t->name);
+            KEEL_FAIL(u->log, KEEL_ERR_NUMERIC,
+                      "%s: tensor \"%s\" holds NaN or infinity; the file is damaged, fetch it again", u->path, t->name);
         }
     }
 out:
@@ -82,33 +82,32 @@ out:
 
 // --- upload --------------------------------------------------------------------------------------
 
-static void done_with(const keel_model *model, const struct keel_gguf_tensor *t)
+static void done_with(const struct keel_uploader *u, const struct keel_gguf_tensor *t)
 {
-    keel_map_done_with(&model->map, (size_t)(t->data - model->map.data), (size_t)t->bytes);
+    keel_map_done_with(u->map, (size_t)(t->data - u->map->data), (size_t)t->bytes);
 }
 
-static keel_status upload_matrix(keel_model *model, struct keel_matrix *m, const struct keel_gguf_tensor *t)
+keel_status keel_upload_matrix(const struct keel_uploader *u, struct keel_matrix *m, const struct keel_gguf_tensor *t)
 {
     keel_status st = KEEL_OK;
-    KEEL_TRY(check_finite(model, t));
-    KEEL_TRY(keel_matrix_create(m, model->dev, model->heap, t->type, (uint32_t)t->dims[1], (uint32_t)t->dims[0], t->data));
-    done_with(model, t);
+    KEEL_TRY(keel_weights_finite(u, t));
+    KEEL_TRY(keel_matrix_create(m, u->dev, u->heap, t->type, (uint32_t)t->dims[1], (uint32_t)t->dims[0], t->data));
+    done_with(u, t);
 out:
     return st;
 }
 
-// Norm vectors become f32 whatever the file holds; they are a few KiB each.
-static keel_status upload_norm(keel_model *model, struct keel_span *span, const struct keel_gguf_tensor *t)
+keel_status keel_upload_floats(const struct keel_uploader *u, struct keel_span *span, const struct keel_gguf_tensor *t)
 {
     keel_status st = KEEL_OK;
     float *f = malloc((size_t)t->n_elems * sizeof *f);
     if (!f) {
-        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for tensor \"%s\"", model->info.path, t->name);
+        KEEL_FAIL(u->log, KEEL_ERR_NO_MEMORY, "%s: no memory for tensor \"%s\"", u->path, t->name);
     }
-    KEEL_TRY(check_finite(model, t));
+    KEEL_TRY(keel_weights_finite(u, t));
     keel_dequantize(t->type, t->data, f, (size_t)t->n_elems);
-    KEEL_TRY(keel_heap_alloc(model->heap, t->n_elems * sizeof *f, span));
-    KEEL_TRY(keel_upload(model->dev, *span, f, (size_t)t->n_elems * sizeof *f));
+    KEEL_TRY(keel_heap_alloc(u->heap, t->n_elems * sizeof *f, span));
+    KEEL_TRY(keel_upload(u->dev, *span, f, (size_t)t->n_elems * sizeof *f));
 out:
     free(f);
     return st;
@@ -118,24 +117,25 @@ keel_status keel_gemma3_upload(keel_model *model)
 {
     keel_status st = KEEL_OK;
     struct keel_gemma3_weights *w = &model->w;
+    const struct keel_uploader u = {model->log, model->info.path, &model->map, model->dev, model->heap};
     w->block = calloc(model->cfg.n_layers, sizeof *w->block);
     if (!w->block) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the weights table", model->info.path);
     }
-    KEEL_TRY(upload_matrix(model, &w->embd, model->src.embd));
+    KEEL_TRY(keel_upload_matrix(&u, &w->embd, model->src.embd));
     w->head = &w->embd;
     if (model->src.output) {
-        KEEL_TRY(upload_matrix(model, &w->output, model->src.output));
+        KEEL_TRY(keel_upload_matrix(&u, &w->output, model->src.output));
         w->head = &w->output;
     }
-    KEEL_TRY(upload_norm(model, &w->output_norm, model->src.output_norm));
+    KEEL_TRY(keel_upload_floats(&u, &w->output_norm, model->src.output_norm));
     for (uint32_t i = 0; i < model->cfg.n_layers; i++) {
         const struct keel_gguf_tensor **t = model->src.block + (size_t)i * KEEL_N_BLOCK_TENSORS;
         for (uint32_t k = 0; k < KEEL_N_PROJ; k++) {
-            KEEL_TRY(upload_matrix(model, &w->block[i].proj[k], t[k]));
+            KEEL_TRY(keel_upload_matrix(&u, &w->block[i].proj[k], t[k]));
         }
         for (uint32_t k = KEEL_N_PROJ; k < KEEL_N_BLOCK_TENSORS; k++) {
-            KEEL_TRY(upload_norm(model, &w->block[i].norm[k - KEEL_N_PROJ], t[k]));
+            KEEL_TRY(keel_upload_floats(&u, &w->block[i].norm[k - KEEL_N_PROJ], t[k]));
         }
     }
     KEEL_TRY(keel_stage_finish(model->dev));

@@ -12,6 +12,7 @@
 #include <keel/status.h>
 #include <keel/study.h>
 #include <keel/train.h>
+#include <keel/vision.h>
 
 #ifdef __cplusplus
 extern "C" {
