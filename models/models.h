@@ -56,6 +56,8 @@ struct keel_seq {
     uint32_t first;   // logits are wanted at the places that predict ids[first..n), first >= 1
     const uint8_t *mask; // [n], or NULL: of the places from `first` on only those with mask[i] != 0 are wanted (ids[i] is predicted)
     float weight;     // training: derivative of the loss with respect to each of those negative log-likelihoods
+    const struct keel_image_tokens *images; // [n_images] or NULL; none of the wanted ids lies in one
+    uint32_t n_images;
 };
 
 // --- training pass -------------------------------------------------------------------------------
@@ -69,5 +71,11 @@ void keel_trainer_destroy(keel_trainer **trainer);
 // unweighted negative log-likelihoods to *nll_sum. Rows never see each other. Blocks until done.
 keel_status keel_trainer_step(keel_trainer *trainer, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
                               size_t n_seqs, double *nll_sum, uint64_t *n_loss);
+
+// Whether a step also computes the gradient with respect to what enters the lowest block: for image tokens that is the gradient
+// of their embeddings. Off at first; costs the blocks below the lowest adapter and one more projection.
+void keel_trainer_want_input_grads(keel_trainer *trainer, bool on);
+// [T, width] f32 on the device, tokens of the last step's rows one row after the other; valid until the next step.
+struct keel_span keel_trainer_input_grads(const keel_trainer *trainer);
 
 #endif

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// gemma3/batch.c: turns rows of tokens into what a pass needs: ids, visible ranges, rotary tables, places of logits.
-// Owns host arrays only; device spans belong to the heap of their layout.
+// gemma3/batch.c: turns rows of tokens into what a pass needs: ids, visible ranges, rotary tables, embeddings of images, places
+// of logits. Owns host arrays and the room for images; other spans belong to the heap of their layout.
 #include "gemma3.h"
 
+#include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,6 +34,7 @@ void keel_batch_finish(struct keel_batch *b)
     free(b->inv_freq[0]);
     free(b->inv_freq[1]);
     free(b->group);
+    keel_heap_destroy(&b->image_heap);
     memset(b, 0, sizeof *b);
 }
 
@@ -56,9 +58,25 @@ void keel_batch_layout(struct keel_layout *l, struct keel_batch *b, const struct
     }
 }
 
+void keel_batch_image_layout(struct keel_layout *l, struct keel_batch *b)
+{
+    keel_want(l, &b->image_rows, 4ull * b->cap * b->c->width);
+    keel_want(l, &b->image_place, 4ull * b->cap);
+}
+
+static void want_images(struct keel_layout *l, void *user)
+{
+    keel_batch_image_layout(l, user);
+}
+
+keel_status keel_batch_make_image_room(struct keel_batch *b, keel_device *dev)
+{
+    return b->image_heap ? KEEL_OK : keel_layout_make(&b->image_heap, dev, KEEL_HEAP_HOST, "image tokens", want_images, b);
+}
+
 void keel_batch_clear(struct keel_batch *b)
 {
-    b->n_tokens = b->n_groups = b->n_places = 0;
+    b->n_tokens = b->n_groups = b->n_places = b->n_image_tokens = 0;
 }
 
 static keel_status add_group(struct keel_batch *b)
@@ -90,6 +108,49 @@ static void put_rope(struct keel_batch *b, uint32_t t, uint32_t pos)
     }
 }
 
+// --- images --------------------------------------------------------------------------------------
+
+uint32_t keel_batch_cut(const struct keel_image_tokens *images, uint32_t n_images, uint32_t from, uint32_t to)
+{
+    for (uint32_t i = 0; i < n_images && images[i].at < to; i++) {
+        if (images[i].at >= from && images[i].at + images[i].n > to) {
+            return images[i].at;
+        }
+    }
+    return to;
+}
+
+keel_status keel_images_check(const struct keel_image_tokens *images, uint32_t n_images, uint32_t n, uint32_t n_batch,
+                              const char *what, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    uint32_t end = 0;
+    for (uint32_t i = 0; i < n_images; i++) {
+        const struct keel_image_tokens *im = &images[i];
+        if (im->n == 0 || !im->embeds || im->at < end || im->at > n || im->n > n - im->at) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "%s: image %u stands at tokens [%u, %" PRIu64 ") of %u; images must be sorted, apart "
+                      "and inside", what, i + 1, im->at, (uint64_t)im->at + im->n, n);
+        }
+        if (im->n > n_batch && n > n_batch) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "%s: an image of %u tokens cannot be computed in passes of %u; raise --batch-tokens to "
+                      "at least %u", what, im->n, n_batch, im->n);
+        }
+        end = im->at + im->n;
+    }
+out:
+    return st;
+}
+
+// Appends the embeddings of one token; `row` [D].
+static void put_image_row(struct keel_batch *b, uint32_t t, const float *row)
+{
+    const uint32_t i = b->n_image_tokens++, width = b->c->width;
+    ((uint32_t *)keel_span_host(b->image_place))[i] = t;
+    memcpy((float *)keel_span_host(b->image_rows) + (size_t)i * width, row, width * sizeof *row);
+}
+
+// --- rows ----------------------------------------------------------------------------------------
+
 keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *row, uint32_t *first)
 {
     KEEL_ASSERT(row->n > 0 && row->n <= keel_batch_room(b));
@@ -103,19 +164,32 @@ keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *ro
     uint32_t *ids = keel_span_host(b->ids);
     const uint32_t t0 = b->n_tokens, base = row->cached ? row->pos : t0 - g->t0; // cache row of the first token
     const uint32_t start = row->cached ? 0 : base;                               // cache row of position 0
+    const struct keel_image_tokens *im = row->images, *const im_end = im + row->n_images;
     *first = t0;
     for (uint32_t i = 0; i < row->n; i++) {
-        const uint32_t slot = base + i;
+        const uint32_t slot = base + i, at = row->from + i;
+        uint32_t block = slot, block_end = slot + 1; // tokens that see each other whatever their order: an image, or one token
+        while (im < im_end && at >= im->at + im->n) {
+            im++;
+        }
+        if (im < im_end && at >= im->at) {
+            KEEL_ASSERT(im->at >= row->from && im->at + im->n <= row->from + row->n);
+            block = slot - (at - im->at);
+            block_end = block + im->n;
+            put_image_row(b, t0 + i, im->embeds + (size_t)(at - im->at) * b->c->width);
+        }
         ids[t0 + i] = (uint32_t)row->ids[i];
+        // The window bounds how far back a token looks, inside its image too; forward an image is seen to its end (Gemma 3 and
+        // transformers from 5.24 on: window AND (causal OR same image)).
         for (uint32_t kind = 0; kind < 2; kind++) {
             struct keel_token_span *s = (struct keel_token_span *)keel_span_host(b->spans[kind]) + t0 + i;
             const uint32_t w = kind == KEEL_LOCAL && b->c->window > 0 ? b->c->window : UINT32_MAX;
             const uint32_t end = base + row->n;
             *s = (struct keel_token_span){
                 .lo = slot - start >= w ? slot - w + 1 : start,
-                .hi = slot + 1,
+                .hi = block_end,
                 .slot = slot,
-                .q_lo = slot,
+                .q_lo = block,
                 .q_hi = end - slot > w ? slot + w : end,
             };
         }
@@ -175,6 +249,10 @@ void keel_batch_ready(struct keel_batch *b, keel_device *dev)
         keel_span_flush(dev, b->rope[kind]);
     }
     keel_span_flush(dev, b->ids);
+    if (b->n_image_tokens > 0) {
+        keel_span_flush(dev, b->image_rows);
+        keel_span_flush(dev, b->image_place);
+    }
     if (b->cap_places > 0) {
         keel_span_flush(dev, b->place);
         keel_span_flush(dev, b->target);

@@ -161,6 +161,10 @@ void keel_pass_embed(const struct keel_pass *p)
                                                    .y = p->acts->x,
                                                    .n_tokens = p->batch->n_tokens,
                                                    .scale = p->model->cfg.embed_scale});
+    if (p->batch->n_image_tokens > 0) {
+        keel_scatter_rows(p->rec, p->batch->image_rows, p->batch->image_place, p->acts->x, p->batch->n_image_tokens,
+                          p->model->cfg.width);
+    }
 }
 
 void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y)

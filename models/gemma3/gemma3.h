@@ -130,8 +130,8 @@ uint32_t keel_logit_rows(const struct keel_gemma3 *c, uint32_t want, uint64_t ma
 
 // --- batches (batch.c) ---------------------------------------------------------------------------
 
-// Tokens of one pass with all that depends on where they stand. Causal order, sliding windows, packed rows and (later) image
-// blocks and several cached sequences are all expressed by the spans.
+// Tokens of one pass with all that depends on where they stand. Causal order, sliding windows, packed rows and image blocks are
+// all expressed by the spans.
 struct keel_batch {
     const struct keel_gemma3 *c;
     uint32_t cap, n_tokens;
@@ -150,24 +150,41 @@ struct keel_batch {
     struct keel_span target;  // [cap_places] u32
     struct keel_span weight;  // [cap_places] f32
     struct keel_span stats;   // [cap_places, 4] f32, written by the device
+    // Embeddings of image tokens, which replace those of their ids. Nothing until a row with images comes.
+    keel_heap *image_heap;
+    struct keel_span image_rows;  // [cap, D] f32
+    struct keel_span image_place; // [cap] u32: token of the batch
+    uint32_t n_image_tokens;
     float *inv_freq[2];       // [d/2]
 };
 keel_status keel_batch_init(struct keel_batch *b, const struct keel_gemma3 *c, const keel_log *log);
-void keel_batch_finish(struct keel_batch *b); // frees host memory; spans belong to their heap
+void keel_batch_finish(struct keel_batch *b); // frees host memory and the room for images; other spans belong to their heap
 void keel_batch_clear(struct keel_batch *b);
 // `cap` tokens, `places` places handled in chunks of `chunk`. Spans for a heap that the host sees.
 void keel_batch_layout(struct keel_layout *l, struct keel_batch *b, const struct keel_gemma3 *c, uint32_t cap, uint32_t places,
                        uint32_t chunk);
+// Makes room for the embeddings of as many image tokens as the batch takes, if there is none yet. Needed before rows with images
+// are added. Errors: NO_MEMORY.
+keel_status keel_batch_make_image_room(struct keel_batch *b, keel_device *dev);
+void keel_batch_image_layout(struct keel_layout *l, struct keel_batch *b);
 
 struct keel_batch_row {
     const int32_t *ids;
     uint32_t n;
+    const struct keel_image_tokens *images; // [n_images], of the row that ids[0] is token `from` of; none is cut by these tokens
+    uint32_t n_images, from;
     uint32_t pos;  // position of ids[0] in its sequence
     bool cached;   // keys and values go to a cache whose row is the position; otherwise rows are packed into the batch
     bool split;    // start a new group with this row
 };
 // Adds tokens; returns the batch index of the first. There must be room. Errors: NO_MEMORY.
 keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *row, uint32_t *first);
+// End of the longest part [from, end) with end <= to that cuts no image; above `from` if images are no longer than to - from.
+uint32_t keel_batch_cut(const struct keel_image_tokens *images, uint32_t n_images, uint32_t from, uint32_t to);
+// Checks the images of a row of `n` tokens, which will be computed in parts of up to `n_batch`. `what` begins the messages.
+// Errors: ARG.
+keel_status keel_images_check(const struct keel_image_tokens *images, uint32_t n_images, uint32_t n, uint32_t n_batch,
+                              const char *what, const keel_log *log);
 // Adds a place: logits after token `t` of the batch, compared with `target`.
 void keel_batch_place(struct keel_batch *b, uint32_t t, int32_t target, float weight);
 // Computes group limits and makes all visible to the device.
@@ -223,7 +240,7 @@ struct keel_pass {
     const struct keel_kv *kv; // NULL: keys and values of the batch itself
     uint32_t bucket;          // above 0: record for spans of up to this many tokens rather than for those of the batch
 };
-// acts->x = scaled embedding of the batch's ids.
+// acts->x = scaled embedding of the batch's ids; at image tokens their own embeddings, which are not scaled.
 void keel_pass_embed(const struct keel_pass *p);
 // One block: y [T, D] = block(x). y may be x when acts were laid out without `keep`. With `y` nothing the last norm is left out
 // (the backward pass only needs what lies before it).

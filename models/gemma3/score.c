@@ -4,6 +4,7 @@
 #include "session_internal.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 // One row of either kind of evaluation, and how far it got.
@@ -12,6 +13,8 @@ struct item {
     uint32_t n, first;
     size_t row;   // its number in the caller's list, for messages
     float *a, *b; // results [n - first]: log-probability and entropy, or divergence and its reverse; b may be NULL
+    const struct keel_image_tokens *images;
+    uint32_t n_images;
 };
 
 struct place {
@@ -154,7 +157,8 @@ out:
 static keel_status add_part(struct run *r, struct item *it, uint32_t from, uint32_t to, bool cached)
 {
     keel_session *s = r->s;
-    const struct keel_batch_row row = { .ids = it->ids + from, .n = to - from, .pos = from, .cached = cached };
+    const struct keel_batch_row row = { .ids = it->ids + from, .n = to - from, .images = it->images, .n_images = it->n_images,
+                                        .from = from, .pos = from, .cached = cached };
     uint32_t t0;
     const keel_status st = keel_batch_add(&s->batch, &row, &t0);
     for (uint32_t i = from; st == KEEL_OK && i < to; i++) {
@@ -174,9 +178,26 @@ static keel_status long_row(struct run *r, struct item *it)
     if (r->divergence) {
         KEEL_TRY(keel_session_cache(r->s, 2, &kv[1]));
     }
-    for (uint32_t from = 0; from < it->n - 1; from += r->s->n_batch) {
-        KEEL_TRY(add_part(r, it, from, KEEL_MIN(from + r->s->n_batch, it->n - 1), true));
+    for (uint32_t from = 0, to; from < it->n - 1; from = to) {
+        to = keel_batch_cut(it->images, it->n_images, from, KEEL_MIN(from + r->s->n_batch, it->n - 1));
+        KEEL_TRY(add_part(r, it, from, to, true));
         KEEL_TRY(run_batch(r, kv));
+    }
+out:
+    return st;
+}
+
+static keel_status check_images(const struct run *r, const struct item *it, size_t row)
+{
+    keel_status st = KEEL_OK;
+    const keel_log *log = r->s->model->log;
+    char what[32];
+    snprintf(what, sizeof what, "row %zu", row);
+    KEEL_TRY(keel_images_check(it->images, it->n_images, it->n, r->s->n_batch, what, log));
+    const struct keel_image_tokens *last = it->n_images ? &it->images[it->n_images - 1] : NULL;
+    if (last && last->at + last->n > it->first) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: scoring starts at token %u, inside or before an image; image tokens have no likelihood",
+                  what, it->first);
     }
 out:
     return st;
@@ -200,6 +221,7 @@ static keel_status check_rows(const struct run *r, const struct item *items, siz
                 KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i, it->ids[t]);
             }
         }
+        KEEL_TRY(check_images(r, it, i));
     }
 out:
     return st;
@@ -217,6 +239,9 @@ static keel_status run_items(struct run *r, struct item *items, size_t n_items)
     }
     for (size_t i = 0; i < n_items; i++) {
         r->total += items[i].n - 1;
+        if (items[i].n_images > 0) {
+            KEEL_TRY(keel_batch_make_image_room(&s->batch, s->model->dev));
+        }
     }
     keel_batch_clear(&s->batch);
     for (size_t i = 0; i < n_items; i++) {
@@ -253,7 +278,8 @@ keel_status keel_session_score(keel_session *s, struct keel_score_row *rows, siz
         return KEEL_ERR_NO_MEMORY;
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].logprobs, rows[i].entropy };
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].logprobs, rows[i].entropy, rows[i].images,
+                                    rows[i].n_images };
     }
     const keel_status st = run_items(&r, items, n_rows);
     free(items);
@@ -273,7 +299,8 @@ keel_status keel_session_kl(keel_session *s, struct keel_kl_row *rows, size_t n_
         KEEL_TRY(keel_layout_make(&s->second, s->model->dev, KEEL_HEAP_DEVICE, "second model's logits", want_second, s));
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].kl, rows[i].kl_reverse };
+        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].kl, rows[i].kl_reverse, rows[i].images,
+                                    rows[i].n_images };
     }
     KEEL_TRY(run_items(&r, items, n_rows));
 out:

@@ -210,14 +210,16 @@ out:
     return st;
 }
 
-static keel_status fill_batch(keel_session *s, const int32_t *ids, uint32_t n)
+// The next tokens of the sequence as the batch; `row` without its position.
+static keel_status fill_batch(keel_session *s, struct keel_batch_row row)
 {
-    const struct keel_batch_row row = { .ids = ids, .n = n, .pos = s->n_ids, .cached = true };
     uint32_t first;
+    row.pos = s->n_ids;
+    row.cached = true;
     keel_batch_clear(&s->batch);
     const keel_status st = keel_batch_add(&s->batch, &row, &first);
     if (st == KEEL_OK) {
-        keel_batch_place(&s->batch, n - 1, 0, 0.0f);
+        keel_batch_place(&s->batch, row.n - 1, 0, 0.0f);
         keel_batch_ready(&s->batch, s->model->dev);
     }
     return st;
@@ -227,7 +229,7 @@ static keel_status fill_batch(keel_session *s, const int32_t *ids, uint32_t n)
 static keel_status append_one(keel_session *s, const struct keel_kv *kv, int32_t id)
 {
     keel_status st = KEEL_OK;
-    KEEL_TRY(fill_batch(s, &id, 1));
+    KEEL_TRY(fill_batch(s, (struct keel_batch_row){ .ids = &id, .n = 1 }));
     if (s->n_ids + 1 > s->bucket) {
         struct keel_pass p = keel_session_pass(s, s->step, true);
         uint32_t bucket = MIN_BUCKET;
@@ -254,12 +256,12 @@ out:
     return st;
 }
 
-static keel_status append_chunk(keel_session *s, const struct keel_kv *kv, const int32_t *ids, uint32_t n, bool last)
+static keel_status append_chunk(keel_session *s, const struct keel_kv *kv, struct keel_batch_row row, bool last)
 {
     keel_status st = KEEL_OK;
     struct keel_pass p = keel_session_pass(s, s->rec, true);
     p.kv = kv;
-    KEEL_TRY(fill_batch(s, ids, n));
+    KEEL_TRY(fill_batch(s, row));
     keel_pass_embed(&p);
     keel_pass_blocks(&p);
     if (last) {
@@ -276,6 +278,12 @@ out:
 
 keel_status keel_session_append(keel_session *s, const int32_t *ids, size_t n)
 {
+    return keel_session_append_images(s, ids, n, NULL, 0);
+}
+
+keel_status keel_session_append_images(keel_session *s, const int32_t *ids, size_t n, const struct keel_image_tokens *images,
+                                       uint32_t n_images)
+{
     keel_status st = KEEL_OK;
     const struct keel_kv *kv;
     if (n == 0 || n > s->n_ctx - s->n_ids) {
@@ -287,17 +295,22 @@ keel_status keel_session_append(keel_session *s, const int32_t *ids, size_t n)
             KEEL_FAIL(s->model->log, KEEL_ERR_ARG, "token id %d is outside the vocabulary of %u", ids[i], s->model->cfg.vocab);
         }
     }
+    KEEL_TRY(keel_images_check(images, n_images, (uint32_t)n, s->n_batch, "tokens to append", s->model->log));
+    if (n_images > 0) {
+        KEEL_TRY(keel_batch_make_image_room(&s->batch, s->model->dev));
+    }
     KEEL_TRY(keel_session_cache(s, 0, &kv));
     s->has_logits = false;
-    if (n == 1) {
+    if (n == 1 && n_images == 0) {
         KEEL_TRY(append_one(s, kv, ids[0]));
         s->ids[s->n_ids++] = ids[0];
     } else {
-        for (size_t i = 0; i < n; i += s->n_batch) {
-            const uint32_t m = (uint32_t)KEEL_MIN((size_t)s->n_batch, n - i);
-            KEEL_TRY(append_chunk(s, kv, ids + i, m, i + m == n));
-            memcpy(s->ids + s->n_ids, ids + i, m * sizeof *ids);
-            s->n_ids += m;
+        for (uint32_t i = 0, end; i < n; i = end) {
+            end = keel_batch_cut(images, n_images, i, (uint32_t)KEEL_MIN(i + (uint64_t)s->n_batch, n));
+            const struct keel_batch_row row = { .ids = ids + i, .n = end - i, .images = images, .n_images = n_images, .from = i };
+            KEEL_TRY(append_chunk(s, kv, row, end == n));
+            memcpy(s->ids + s->n_ids, ids + i, row.n * sizeof *ids);
+            s->n_ids += row.n;
         }
     }
     KEEL_TRY(fetch_logits(s));

@@ -30,6 +30,7 @@ struct keel_trainer {
     struct keel_span *saved; // [L] of [T, D]: block inputs
     struct keel_span rows, normed; // [max_loss, D]: final residual at the places; then its norm, then its gradient
     struct keel_span logits, partial;
+    bool input_grads;
     keel_recorder *rec;
 };
 
@@ -284,9 +285,13 @@ static keel_status fill_batch(keel_trainer *t, const struct keel_seq *seqs, size
     keel_status st = KEEL_OK;
     keel_batch_clear(&t->batch);
     for (size_t s = 0; s < n_seqs; s++) {
-        const struct keel_batch_row row = { .ids = seqs[s].ids, .n = seqs[s].n };
+        const struct keel_batch_row row = { .ids = seqs[s].ids, .n = seqs[s].n, .images = seqs[s].images,
+                                            .n_images = seqs[s].n_images };
         uint32_t first;
         KEEL_ASSERT(seqs[s].n <= t->max_row && seqs[s].first >= 1);
+        if (row.n_images > 0) {
+            KEEL_TRY(keel_batch_make_image_room(&t->batch, t->model->dev));
+        }
         KEEL_TRY(keel_batch_add(&t->batch, &row, &first));
         for (uint32_t i = seqs[s].first; i < seqs[s].n; i++) {
             if (!seqs[s].mask || seqs[s].mask[i]) {
@@ -349,7 +354,7 @@ keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, stru
                                     .n_adapters = 1 };
     const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens };
     uint32_t lowest = 0;
-    while (lowest < n_layers && !has_pairs(adapter, lowest)) {
+    while (!t->input_grads && lowest < n_layers && !has_pairs(adapter, lowest)) {
         lowest++;
     }
     keel_pass_embed(&pass);
@@ -363,7 +368,7 @@ keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, stru
         if (i + 1 < n_layers) { // the last block's insides are still there
             keel_pass_block(&pass, i, t->saved[i], (struct keel_span){ 0 });
         }
-        block_back(&back, i, i == lowest);
+        block_back(&back, i, i == lowest && !t->input_grads);
     }
     KEEL_TRY(keel_recorder_submit(t->rec));
     KEEL_TRY(keel_recorder_wait(t->rec));
@@ -373,4 +378,14 @@ out:
         keel_recorder_reset(t->rec);
     }
     return st;
+}
+
+void keel_trainer_want_input_grads(keel_trainer *t, bool on)
+{
+    t->input_grads = on;
+}
+
+struct keel_span keel_trainer_input_grads(const keel_trainer *t)
+{
+    return keel_span_sub(t->g.x, 0, 4ull * t->batch.n_tokens * t->model->cfg.width);
 }

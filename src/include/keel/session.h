@@ -21,6 +21,15 @@ struct keel_session_params {
 KEEL_API keel_status keel_session_create(keel_session **out, keel_model *model, const struct keel_session_params *params);
 KEEL_API void keel_session_destroy(keel_session **session); // accepts NULL and pointers to NULL
 
+// --- images --------------------------------------------------------------------------------------
+
+// The soft tokens of one image inside a row of tokens: `embeds` take the place of the embeddings of ids[at..at + n), which may be
+// any ids of the vocabulary. Every list of them is sorted by `at`; images do not overlap.
+struct keel_image_tokens {
+    uint32_t at, n;
+    const float *embeds; // [n, width], as keel_vision_encode() gives them; borrowed
+};
+
 // --- adapters ------------------------------------------------------------------------------------
 
 // Adds a LoRA adapter from a GGUF file (llama.cpp's layout) or a PEFT folder; several add up. `scale` multiplies alpha/rank.
@@ -44,6 +53,11 @@ struct keel_sample_params {
 // Appends tokens to the session's sequence and computes the logits after the last one. Errors: ARG (nothing to append, or the
 // context would overflow: the message says how much room is left), DEVICE_LOST, NUMERIC.
 KEEL_API keel_status keel_session_append(keel_session *session, const int32_t *ids, size_t n);
+// The same for tokens of which some belong to images. Tokens of one image attend to each other in both directions, so an image
+// is computed in one pass: Errors as above, and ARG (images that overlap, are out of order or outside the ids, or have more
+// tokens than a pass takes).
+KEEL_API keel_status keel_session_append_images(keel_session *session, const int32_t *ids, size_t n,
+                                                const struct keel_image_tokens *images, uint32_t n_images);
 // Logits [vocab] after the last appended token; valid until the next call with this session.
 KEEL_API const float *keel_session_logits(keel_session *session);
 // Draws the next token from the current logits without appending it. The random number depends on the seed and the length of
@@ -54,12 +68,14 @@ KEEL_API void keel_session_reset(keel_session *session);            // empties t
 
 // --- evaluation ----------------------------------------------------------------------------------
 
-// A row whose tokens from `first` on are scored: token i gets log p(ids[i] | ids[0..i)). first >= 1.
+// A row whose tokens from `first` on are scored: token i gets log p(ids[i] | ids[0..i)). first >= 1; images end before it.
 struct keel_score_row {
     const int32_t *ids;
     uint32_t n, first;
     float *logprobs;  // [n - first], filled in, nats
     float *entropy;   // [n - first] or NULL: entropy of the distribution at the same places, nats
+    const struct keel_image_tokens *images; // [n_images], or NULL
+    uint32_t n_images;
 };
 // Rows are packed into batches; logits are computed only where a token is scored. Adapters count. The session's own sequence is
 // kept. Errors: DATA (a row longer than the context: its index), NUMERIC, DEVICE_LOST.
@@ -74,6 +90,8 @@ struct keel_kl_row {
     uint32_t n, first;
     float *kl;         // [n - first] KL(base ‖ adapted), nats
     float *kl_reverse; // [n - first] KL(adapted ‖ base), nats, or NULL
+    const struct keel_image_tokens *images; // [n_images], or NULL
+    uint32_t n_images;
 };
 KEEL_API keel_status keel_session_kl(keel_session *session, struct keel_kl_row *rows, size_t n_rows,
                                      bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
