@@ -185,8 +185,14 @@ const struct keel_model_info *keel_model_info(const keel_model *model)
 uint64_t keel_model_hash(keel_model *model)
 {
     if (model->info.hash == 0) {
-        model->info.hash = keel_hash(KEEL_HASH_INIT, model->map.data, model->map.len_bytes);
-        keel_map_done_with(&model->map, 0, model->map.len_bytes);
+        const size_t len = model->map.len_bytes, piece = 16u << 20; // in pieces, so that the file never lies in memory whole
+        uint64_t h = KEEL_HASH_INIT;
+        for (size_t at = 0; at < len; at += piece) {
+            const size_t n = KEEL_MIN(piece, len - at);
+            h = keel_hash(h, model->map.data + at, n);
+            keel_map_done_with(&model->map, at, n);
+        }
+        model->info.hash = h;
     }
     return model->info.hash;
 }

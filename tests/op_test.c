@@ -370,7 +370,7 @@ void op_matrix(struct op_test *t, struct keel_matrix *m, enum keel_dtype type, u
     *mag = op_zeros(t, n);
     ref_dequant(*w, *mag, type, blocks, n);
     if (max_rows == 0) {
-        if (keel_matrix_create(m, t->dev, t->heap, type, rows, cols, blocks) != KEEL_OK ||
+        if (keel_matrix_create(m, t->dev, t->heap, type, rows, cols, blocks, NULL) != KEEL_OK ||
             keel_stage_finish(t->dev) != KEEL_OK) {
             fail_msg("%s: keel_matrix_create failed", t->label);
         }

@@ -27,12 +27,13 @@ static struct float_places half_places(enum keel_dtype type)
     }
 }
 
-#define CHECK_BYTES (4u << 20) // one job; a multiple of no particular block: jobs are cut in blocks
+#define CHECK_BYTES (2u << 20) // one job; a multiple of no particular block: jobs are cut in blocks
+#define CHECK_JOBS 16u         // a slice: then its pages may leave again
 struct check {
     const struct keel_gguf_tensor *t;
     uint32_t block_bytes;
-    uint64_t n_blocks, per_job;
-    uint8_t *bad; // [jobs]
+    uint64_t n_blocks, per_job, job0;
+    uint8_t bad[CHECK_JOBS];
 };
 
 static void check_job(void *user, uint32_t job)
@@ -40,7 +41,7 @@ static void check_job(void *user, uint32_t job)
     struct check *c = user;
     const struct float_places at = half_places(c->t->type);
     const uint16_t exp_mask = c->t->type == KEEL_BF16 ? 0x7F80 : 0x7C00;
-    const uint64_t first = job * c->per_job, last = KEEL_MIN(first + c->per_job, c->n_blocks);
+    const uint64_t first = (c->job0 + job) * c->per_job, last = KEEL_MIN(first + c->per_job, c->n_blocks);
     bool bad = false;
     for (uint64_t i = first; i < last; i++) {
         const uint8_t *p = c->t->data + i * c->block_bytes;
@@ -64,35 +65,31 @@ keel_status keel_weights_finite(const struct keel_uploader *u, const struct keel
     struct check c = {.t = t, .block_bytes = info->block_bytes, .n_blocks = t->n_elems / info->block_elems};
     c.per_job = KEEL_MAX(1u, CHECK_BYTES / info->block_bytes);
     const uint64_t jobs = (c.n_blocks + c.per_job - 1) / c.per_job;
-    c.bad = calloc((size_t)jobs + 1, 1);
-    if (!c.bad) {
-        KEEL_FAIL(u->log, KEEL_ERR_NO_MEMORY, "%s: no memory to check tensor \"%s\"", u->path, t->name);
-    }
-    keel_parallel_for((uint32_t)jobs, check_job, &c);
-    for (uint64_t j = 0; j < jobs; j++) {
-        if (c.bad[j]) {
-            KEEL_FAIL(u->log, KEEL_ERR_NUMERIC,
-                      "%s: tensor \"%s\" holds NaN or infinity; the file is damaged, fetch it again", u->path, t->name);
+    for (; c.job0 < jobs; c.job0 += CHECK_JOBS) {
+        const uint32_t n = (uint32_t)KEEL_MIN((uint64_t)CHECK_JOBS, jobs - c.job0);
+        const uint64_t at = c.job0 * c.per_job, end = KEEL_MIN(at + n * c.per_job, c.n_blocks);
+        keel_parallel_for(n, check_job, &c);
+        for (uint32_t j = 0; j < n; j++) {
+            if (c.bad[j]) {
+                KEEL_FAIL(u->log, KEEL_ERR_NUMERIC,
+                          "%s: tensor \"%s\" holds NaN or infinity; the file is damaged, fetch it again", u->path,
+                          t->name);
+            }
         }
+        keel_map_done_with(u->map, (size_t)(t->data - u->map->data) + (size_t)at * c.block_bytes,
+                           (size_t)(end - at) * c.block_bytes);
     }
 out:
-    free(c.bad);
     return st;
 }
 
 // --- upload --------------------------------------------------------------------------------------
 
-static void done_with(const struct keel_uploader *u, const struct keel_gguf_tensor *t)
-{
-    keel_map_done_with(u->map, (size_t)(t->data - u->map->data), (size_t)t->bytes);
-}
-
 keel_status keel_upload_matrix(const struct keel_uploader *u, struct keel_matrix *m, const struct keel_gguf_tensor *t)
 {
     keel_status st = KEEL_OK;
     KEEL_TRY(keel_weights_finite(u, t));
-    KEEL_TRY(keel_matrix_create(m, u->dev, u->heap, t->type, (uint32_t)t->dims[1], (uint32_t)t->dims[0], t->data));
-    done_with(u, t);
+    KEEL_TRY(keel_matrix_create(m, u->dev, u->heap, t->type, (uint32_t)t->dims[1], (uint32_t)t->dims[0], t->data, u->map));
 out:
     return st;
 }

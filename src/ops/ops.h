@@ -13,6 +13,8 @@
 #include "base.h"
 #include "device.h"
 
+struct keel_map; // platform.h
+
 // --- weights in tiles (tile.c) -------------------------------------------------------------------
 
 // A frozen weight matrix W [N, K] in keel's tile layout (docs/formats.md "tiles"): 64 rows a tile, 32 columns a block, the
@@ -36,9 +38,10 @@ uint64_t keel_tile_bytes(enum keel_dtype type, uint64_t rows, uint64_t cols);
 // rows may be any number; missing rows of the last tile are zero. cols must be a multiple of the type's block. Thread-safe.
 void keel_tile_pack(enum keel_dtype type, const void *src, uint64_t rows, uint64_t cols, void *dst);
 // Fills in `m` with shards cut to the device's limits, allocates their spans from `heap`; uploads `src` (GGUF layout, whole
-// matrix) through the stage, packing on all cores. Errors: NO_MEMORY, DEVICE_LOST.
+// matrix) through the stage, packing on all cores. `map`, unless NULL, is the map that src lies in: what is packed leaves the
+// process again, so that file and copy never lie in memory both. Errors: NO_MEMORY, DEVICE_LOST.
 keel_status keel_matrix_create(struct keel_matrix *m, keel_device *dev, keel_heap *heap, enum keel_dtype type,
-                               uint32_t rows, uint32_t cols, const void *src);
+                               uint32_t rows, uint32_t cols, const void *src, const struct keel_map *map);
 // Bytes keel_matrix_create() will allocate.
 uint64_t keel_matrix_bytes(enum keel_dtype type, uint64_t rows, uint64_t cols);
 

@@ -248,7 +248,7 @@ void keel_tile_pack(enum keel_dtype type, const void *src, uint64_t rows, uint64
 
 // Packs and uploads one shard through stages of whole tiles.
 static keel_status upload_shard(keel_device *dev, struct keel_span span, enum keel_dtype type, const uint8_t *src,
-                                uint32_t rows, uint32_t cols)
+                                uint32_t rows, uint32_t cols, const struct keel_map *map)
 {
     keel_status st = KEEL_OK;
     struct pack_job j = pack_job_of(type, src, rows, cols, NULL);
@@ -288,6 +288,10 @@ static keel_status upload_shard(keel_device *dev, struct keel_span span, enum ke
             keel_parallel_for(n, pack_one, &part);
             KEEL_TRY(keel_stage_end(dev));
         }
+        if (map) {
+            keel_map_done_with(map, (size_t)(part.src - map->data),
+                               (size_t)(KEEL_MIN((uint64_t)n * TILE, part.rows) * j.row_bytes));
+        }
     }
 out:
     free(buffer);
@@ -295,7 +299,7 @@ out:
 }
 
 keel_status keel_matrix_create(struct keel_matrix *m, keel_device *dev, keel_heap *heap, enum keel_dtype type,
-                               uint32_t rows, uint32_t cols, const void *src)
+                               uint32_t rows, uint32_t cols, const void *src, const struct keel_map *map)
 {
     keel_status st = KEEL_OK;
     const struct keel_caps *caps = keel_device_caps(dev);
@@ -316,7 +320,7 @@ keel_status keel_matrix_create(struct keel_matrix *m, keel_device *dev, keel_hea
         s->row0 = tile * TILE;
         s->rows = KEEL_MIN(n * TILE, rows - s->row0);
         KEEL_TRY(keel_heap_alloc(heap, keel_tile_bytes(type, s->rows, cols), &s->span));
-        KEEL_TRY(upload_shard(dev, s->span, type, (const uint8_t *)src + s->row0 * row_bytes, s->rows, cols));
+        KEEL_TRY(upload_shard(dev, s->span, type, (const uint8_t *)src + s->row0 * row_bytes, s->rows, cols, map));
         tile += n;
     }
 out:
