@@ -154,12 +154,7 @@ keel_status keel_adapter_save(const keel_adapter *a, const keel_model *model, co
 {
     keel_status st = KEEL_OK;
     struct keel_adapter_file f = { 0 };
-    float *host = malloc(a->n_floats * sizeof *host);
-    if (!host) {
-        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
-    }
     KEEL_TRY(keel_adapter_file_init(&f, model));
-    KEEL_TRY(keel_download(model->dev, host, a->params, a->n_floats * sizeof *host));
     f.alpha = a->alpha;
     f.rank = a->rank;
     for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
@@ -175,12 +170,11 @@ keel_status keel_adapter_save(const keel_adapter *a, const keel_model *model, co
         if (!to->a || !to->b) {
             KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the adapter", path);
         }
-        memcpy(to->a, host + (p->a.offset - a->params.offset) / 4, p->a.bytes);
-        memcpy(to->b, host + (p->b.offset - a->params.offset) / 4, p->b.bytes);
+        KEEL_TRY(keel_download(model->dev, to->a, p->a, p->a.bytes));
+        KEEL_TRY(keel_download(model->dev, to->b, p->b, p->b.bytes));
     }
     KEEL_TRY(keel_adapter_file_write(&f, model, path));
 out:
-    free(host);
     keel_adapter_file_finish(&f);
     return st;
 }

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHUNK (16u << 20)
+#define CHUNK (4u << 20)
 #define MAX_META 48
 
 static const char *const tensor_name[3] = { "params", "m", "v" };

@@ -321,11 +321,12 @@ static keel_status create_buffers(struct run *r)
     s->n_floats = r->adapter->n_floats;
     s->tensor[0] = keel_span_sub(r->adapter->params, 0, bytes);
     KEEL_TRY(keel_heap_create(&r->heap, r->dev, KEEL_HEAP_DEVICE, "gradients and moments"));
+    // The small ones first: a heap that has grown adds a quarter of itself.
+    KEEL_TRY(keel_heap_alloc(r->heap, 256, &r->sums));
+    KEEL_TRY(keel_heap_alloc(r->heap, KEEL_MAX(keel_sumsq_scratch(s->n_floats), 256), &r->partial));
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &r->grads));
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &s->tensor[1]));
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &s->tensor[2]));
-    KEEL_TRY(keel_heap_alloc(r->heap, 256, &r->sums));
-    KEEL_TRY(keel_heap_alloc(r->heap, KEEL_MAX(keel_sumsq_scratch(s->n_floats), 256), &r->partial));
     KEEL_TRY(keel_recorder_create(&r->rec, r->dev, &(struct keel_recorder_params){ 0 }));
     keel_record_fill(r->rec, r->grads, 0);
     keel_record_fill(r->rec, s->tensor[1], 0);

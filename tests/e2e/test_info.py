@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import texts
-from keelcli import train_args, write_rows
+from keelcli import tokenize, train_args, write_rows
 
 COMMANDS = ("devices", "info", "tokenize", "run", "score", "perplexity", "train", "export")
 
@@ -78,14 +78,16 @@ def test_too_little_memory(keel, tiny_a, tmp_path):
 
 
 @pytest.mark.full
-def test_peak_memory_is_the_plan(keel, real, tmp_path):
+@pytest.mark.parametrize("batch,tokens", [(4, 64), (1, 128)])
+def test_peak_memory_is_the_plan(keel, real, tmp_path, batch, tokens):
     """Peak resident size of training within 15 % of the plan, on a driver whose device memory is the host's."""
     if "lvp" not in os.environ.get("VK_ICD_FILENAMES", "lvp") and "swiftshader" not in os.environ.get("VK_ICD_FILENAMES", ""):
         pytest.skip("device memory is not part of the process size on this driver")
-    j = keel("info", real, "--json", "--ctx", 1, "--rank", 16, "--batch", 2, "--seq-len", 128).json
+    j = keel("info", real, "--json", "--ctx", 1, "--rank", 16, "--batch", batch, "--seq-len", tokens).json
     plan = j["plan_train"]
-    data = write_rows(tmp_path / "d.jsonl", [{"prompt": texts.LONG[:250], "completion": texts.LONG[250:380]}] * 2)
-    p = subprocess.Popen(keel.argv(*train_args(real, data, tmp_path / "a.gguf", steps=1, rank=16, batch=2, seq_len=128)), env=keel.env)
+    n = tokens * len(texts.LONG) // len(tokenize(keel, real, texts.LONG, tmp_path))  # characters of a row, within a few tokens
+    data = write_rows(tmp_path / "d.jsonl", [{"prompt": texts.LONG[:n // 2], "completion": texts.LONG[n // 2:n]}] * batch)
+    p = subprocess.Popen(keel.argv(*train_args(real, data, tmp_path / "a.gguf", steps=2, rank=16, batch=batch)), env=keel.env)
     _, status, usage = os.wait4(p.pid, 0)
     p.returncode = os.waitstatus_to_exitcode(status)
     assert p.returncode == 0
