@@ -38,14 +38,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def keel(tmp_path_factory):
+def keel(tmp_path_factory, request):
     from keelcli import Keel
     path = Path(os.environ.get("KEEL", ROOT / "build/src/cli/keel"))
     if not path.is_file():
         pytest.exit(f"{path} is missing. Build it: meson setup build && ninja -C build; or set KEEL to the program", 4)
     # A cache of our own: the tests must pass with a cold one, and must not touch the user's.
     cache = os.environ.get("KEEL_TEST_CACHE") or tmp_path_factory.mktemp("cache")
-    return Keel(path.resolve(), {"XDG_CACHE_HOME": str(cache), "LC_ALL": "C.UTF-8"})
+    # A software driver on two cores shared with others does some 5 tokens a second of the real model: the longest command takes 5 minutes.
+    seconds = 1800 if request.config.getoption("--full") else 300
+    return Keel(path.resolve(), {"XDG_CACHE_HOME": str(cache), "LC_ALL": "C.UTF-8"}, seconds)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 """keelcli: how the end-to-end tests call keel. Every option's spelling that more than one test needs is here.
 
 Environment: KEEL (program), KEEL_TEST_ARGS (device options for every command that computes, for example "--caps min" or
-"--device swiftshader --validate"), KEEL_TEST_TIMEOUT (seconds a command may take; default 300).
+"--device swiftshader --validate"), KEEL_TEST_TIMEOUT (seconds a command may take; default 300,
+1800 with --full).
 """
 import json
 import os
@@ -35,11 +36,11 @@ class Result:
 
 
 class Keel:
-    def __init__(self, path, env=None):
+    def __init__(self, path, env=None, timeout=300):
         self.path = Path(path)
         self.env = {**os.environ, **(env or {})}
         self.device_args = shlex.split(os.environ.get("KEEL_TEST_ARGS", ""))
-        self.timeout = float(os.environ.get("KEEL_TEST_TIMEOUT", "300"))
+        self.timeout = float(os.environ.get("KEEL_TEST_TIMEOUT", timeout))
 
     def argv(self, *args):
         args = [str(a) for a in args]

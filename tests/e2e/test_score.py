@@ -152,13 +152,16 @@ def test_real_logprobs(keel, real, g270, tmp_path):
 def test_real_score(keel, real, g270, tmp_path):
     for want, got in zip(g270["score"], score(keel, real, texts.SCORE, tmp_path)):
         assert got["id"] == want["id"] and got["token_ids"] == want["token_ids"]
-        assert np.abs(np.subtract(got["token_logprobs"], want["token_logprobs"])).mean() < 0.01
+        d = np.abs(np.subtract(got["token_logprobs"], want["token_logprobs"]))
+        print(want["id"], "mean |d|", d.mean(), "max", d.max())
+        assert d.mean() < 0.01
 
 
 @pytest.mark.full
 def test_real_perplexity(keel, real, g270, tmp_path):
     (tmp_path / "t.txt").write_text(texts.LONG)
     j = keel("perplexity", "-m", real, "--file", tmp_path / "t.txt", "--ctx", 256, "--json").json
+    print(j["ppl"], g270["perplexity"]["ppl"], "nll", j["nll"], "d", j["nll"] - g270["perplexity"]["nll"])
     assert j["n_tokens"] == g270["perplexity"]["n_tokens"] and abs(j["nll"] - g270["perplexity"]["nll"]) < 0.003
 
 
@@ -166,4 +169,6 @@ def test_real_perplexity(keel, real, g270, tmp_path):
 def test_real_greedy(keel, real, g270):
     for c in g270["greedy"]:
         got, _ = generate(keel, real, c["prompt"], len(c["ids"]), "--greedy")
+        same = next((i for i, (a, b) in enumerate(zip(got, c["ids"])) if a != b), len(c["ids"]))
+        print(repr(c["prompt"]), same, "of", len(c["ids"]), "ids agree; smallest gap", min(c["gaps"]))
         assert agrees(got, c["ids"], c["gaps"], 0.02), (got, c)
