@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// formats/formats.h: readers and writers of files as byte ranges: GGUF, safetensors, JSONL; the tokenizer;
+// formats/formats.h: readers and writers of files as byte ranges: GGUF, safetensors, JSONL, images; the tokenizer;
 // block quants. Nothing here opens a file: readers take (data, len) and a name for messages, writers a FILE*
 // that the platform room made. Every count, offset, length and type of a file is checked before use. What is
 // read and checked: docs/formats.md.
@@ -277,5 +277,25 @@ keel_status keel_row_opt_num(const struct keel_row *row, const char *field, doub
 keel_status keel_row_opt_int(const struct keel_row *row, const char *field, int64_t *out);
 keel_status keel_row_opt_bool(const struct keel_row *row, const char *field, bool *out);
 keel_status keel_row_opt_array(const struct keel_row *row, const char *field, struct json_t **out);
+
+// --- images --------------------------------------------------------------------------------------
+
+struct keel_image {
+    uint32_t width, height;
+    uint8_t *rgb; // [height, width, 3], rows from the top; belongs to the image
+};
+#define KEEL_IMAGE_MAX_PIXELS 100000000
+#define KEEL_IMAGE_MAX_SIDE 65535
+// Decodes PNG, JPEG, BMP or the first frame of a GIF to RGB. Grey is repeated, palettes are looked up, of 16 bits
+// the upper 8 are kept, alpha is dropped and EXIF orientation ignored (docs/formats.md "images"). Size limits are
+// checked before any pixel is. `name` is for messages. Errors: FORMAT (no such image, damaged, no pixels),
+// UNSUPPORTED (above the limits).
+keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_t len, const char *name,
+                              const keel_log *log);
+void keel_image_finish(struct keel_image *image); // frees; accepts all-zero
+// A new image of width × height from `in`, as PIL.Image.resize(..., BILINEAR) makes it: a triangle filter, wider
+// by the scale when shrinking, horizontally and then vertically with 8 bits between. Errors: NO_MEMORY.
+keel_status keel_image_resize(struct keel_image *out, const struct keel_image *in, uint32_t width, uint32_t height,
+                              const keel_log *log);
 
 #endif

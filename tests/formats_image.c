@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT
+// tests/formats_image.c: image files against what Pillow made of them (tests/oracle/make_images.py), and files that are bad.
+#include "formats_util.h"
+
+#include "platform.h"
+
+static struct keel_map open_file(const char *name)
+{
+    char path[512];
+    struct keel_map map = { 0 };
+    snprintf(path, sizeof path, "%s/%s", IMAGES_DIR, name);
+    assert_int_equal(keel_map_open(&map, path, NULL), KEEL_OK);
+    return map;
+}
+
+// A binary PPM as Pillow writes it: "P6\nW H\n255\n" and the pixels.
+static struct keel_image read_ppm(const char *name)
+{
+    struct keel_map map = open_file(name);
+    struct keel_image image = { 0 };
+    int at = 0;
+    char head[64] = { 0 };
+    memcpy(head, map.data, KEEL_MIN(sizeof head - 1, map.len_bytes));
+    assert_int_equal(sscanf(head, "P6 %u %u 255%n", &image.width, &image.height, &at), 2);
+    const size_t n = (size_t)image.width * image.height * 3;
+    assert_int_equal(map.len_bytes, (size_t)at + 1 + n);
+    image.rgb = exact_copy(map.data + at + 1, n);
+    keel_map_close(&map);
+    return image;
+}
+
+static void assert_near(const char *what, const struct keel_image *got, const struct keel_image *want, int tol)
+{
+    assert_int_equal(got->width, want->width);
+    assert_int_equal(got->height, want->height);
+    for (size_t i = 0; i < (size_t)want->width * want->height * 3; i++) {
+        if (abs(got->rgb[i] - want->rgb[i]) > tol) {
+            fail_msg("%s: pixel %zu channel %zu is %d, Pillow has %d", what, i / 3, i % 3, got->rgb[i], want->rgb[i]);
+        }
+    }
+}
+
+static struct keel_image decode(const char *name)
+{
+    struct keel_map map = open_file(name);
+    struct keel_image image = { 0 };
+    uint8_t *copy = exact_copy(map.data, map.len_bytes);
+    assert_int_equal(keel_image_decode(&image, copy, map.len_bytes, name, NULL), KEEL_OK);
+    free(copy);
+    keel_map_close(&map);
+    return image;
+}
+
+static void test_decode(void **state)
+{
+    // JPEG: the two decoders round the inverse transform and interpolate colour differently.
+    static const struct { const char *name; int tol; } cases[] = {
+        { "rgb.png", 0 }, { "grey.png", 0 }, { "one_bit.png", 0 }, { "palette.png", 0 }, { "alpha.png", 0 },
+        { "grey_alpha.png", 0 }, { "grey16.png", 0 }, { "rgb.bmp", 0 }, { "palette.bmp", 0 }, { "two_frames.gif", 0 },
+        { "colour.jpg", 3 }, { "progressive.jpg", 3 }, { "grey.jpg", 1 },
+    };
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
+        char ppm[64];
+        struct keel_image got = decode(cases[i].name);
+        snprintf(ppm, sizeof ppm, "%s.ppm", cases[i].name);
+        struct keel_image want = read_ppm(ppm);
+        assert_near(cases[i].name, &got, &want, cases[i].tol);
+        keel_image_finish(&got);
+        keel_image_finish(&want);
+    }
+}
+
+static void test_resize(void **state)
+{
+    static const uint32_t sizes[][2] = { { 14, 14 }, { 56, 56 }, { 37, 9 }, { 50, 23 }, { 1, 1 }, { 3, 60 } };
+    struct keel_image in = decode("rgb.png");
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(sizes); i++) {
+        char name[64];
+        struct keel_image got;
+        snprintf(name, sizeof name, "rgb.png.%ux%u.ppm", sizes[i][0], sizes[i][1]);
+        struct keel_image want = read_ppm(name);
+        assert_int_equal(keel_image_resize(&got, &in, sizes[i][0], sizes[i][1], NULL), KEEL_OK);
+        assert_near(name, &got, &want, 1); // image.c says why Pillow is not always met to the bit
+        keel_image_finish(&got);
+        keel_image_finish(&want);
+    }
+    struct keel_image same;
+    assert_int_equal(keel_image_resize(&same, &in, in.width, in.height, NULL), KEEL_OK);
+    assert_near("same size", &same, &in, 0);
+    keel_image_finish(&same);
+    keel_image_finish(&in);
+}
+
+static void expect_refused(const uint8_t *data, size_t len, keel_status want, const char *part)
+{
+    struct memory_log m;
+    struct keel_image image;
+    uint8_t *copy = exact_copy(data, len);
+    memory_log_init(&m);
+    assert_int_equal(keel_image_decode(&image, copy, len, "bad.img", &m.log), want);
+    assert_logged(&m, part);
+    assert_null(image.rgb);
+    free(copy);
+}
+
+// A BMP header that promises w × h pixels of 24 bits and holds none.
+static void bmp_header(uint8_t h[54], int32_t w, int32_t height)
+{
+    static const uint8_t start[] = { 'B', 'M', 54, 0, 0, 0, 0, 0, 0, 0, 54, 0, 0, 0, 40, 0, 0, 0 };
+    memset(h, 0, 54);
+    memcpy(h, start, sizeof start);
+    memcpy(h + 18, &w, 4);
+    memcpy(h + 22, &height, 4);
+    h[26] = 1;
+    h[28] = 24;
+}
+
+static void test_bad(void **state)
+{
+    uint8_t bmp[54];
+    (void)state;
+    expect_refused((const uint8_t *)"", 0, KEEL_ERR_FORMAT, "bad.img: an image file of 0 bytes");
+    expect_refused((const uint8_t *)"hello, I am text", 16, KEEL_ERR_FORMAT, "it reads PNG, JPEG, BMP and GIF");
+    bmp_header(bmp, 0, 10);
+    expect_refused(bmp, sizeof bmp, KEEL_ERR_FORMAT, "bad.img");
+    bmp_header(bmp, 20000, 20000);
+    expect_refused(bmp, sizeof bmp, KEEL_ERR_UNSUPPORTED, "20000 × 20000 pixels are above keel's limits");
+    bmp_header(bmp, 70000, 2);
+    expect_refused(bmp, sizeof bmp, KEEL_ERR_UNSUPPORTED, "scale it down");
+}
+
+// Every file cut at every place: an error or a picture, never a crash; half a PNG is never a picture.
+static void test_truncated(void **state)
+{
+    static const char *const names[] = { "rgb.png", "palette.png", "progressive.jpg", "rgb.bmp", "two_frames.gif" };
+    const keel_log silent = { .level = 0 };
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(names); i++) {
+        struct keel_map map = open_file(names[i]);
+        for (size_t len = 1; len < map.len_bytes; len += 1 + len / 50) {
+            struct keel_image image;
+            uint8_t *copy = exact_copy(map.data, len);
+            const keel_status st = keel_image_decode(&image, copy, len, names[i], &silent);
+            assert_true((st == KEEL_OK) == (image.rgb != NULL));
+            assert_false(st == KEEL_OK && len < map.len_bytes / 2 && strstr(names[i], ".png"));
+            keel_image_finish(&image);
+            free(copy);
+        }
+        keel_map_close(&map);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_decode),
+        cmocka_unit_test(test_resize),
+        cmocka_unit_test(test_bad),
+        cmocka_unit_test(test_truncated),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
