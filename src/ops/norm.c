@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// ops/norm.c: RMSNorm and its backward. Source: Zhang & Sennrich 2019, eq. 4.
+// ops/norm.c: RMSNorm and LayerNorm with their backward. Sources: Zhang & Sennrich 2019, eq. 4; Ba et al. 2016.
 #include "ops_internal.h"
 
 #include "norm/norm.h"
@@ -28,4 +28,26 @@ void keel_rmsnorm_bwd(keel_recorder *rec, const struct keel_rmsnorm_bwd_params *
         .bind = { READ(p->x), READ(p->w), READ(p->dy), UPDATE(p->dx) }, .n_bind = 4,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 10 * n, .bytes = 4 * n * (p->add ? 4 : 3), .label = "rmsnorm_bwd" });
+}
+
+void keel_layernorm(keel_recorder *rec, const struct keel_layernorm_params *p)
+{
+    const uint64_t n = (uint64_t)p->n_rows * p->width;
+    const struct norm_pc pc = { .width = p->width, .eps = p->eps };
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_layernorm_fwd, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(p->x), READ(p->w), READ(p->b), UPDATE(p->y) }, .n_bind = 4,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
+        .flops = 8 * n, .bytes = 8 * n, .label = "layernorm" });
+}
+
+void keel_layernorm_bwd(keel_recorder *rec, const struct keel_layernorm_bwd_params *p)
+{
+    const uint64_t n = (uint64_t)p->n_rows * p->width;
+    const struct norm_pc pc = { .width = p->width, .eps = p->eps, .flag = p->add };
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_layernorm_bwd, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(p->x), READ(p->w), READ(p->dy), UPDATE(p->dx) }, .n_bind = 4,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
+        .flops = 16 * n, .bytes = 4 * n * (p->add ? 4 : 3), .label = "layernorm_bwd" });
 }

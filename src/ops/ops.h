@@ -116,6 +116,22 @@ struct keel_rmsnorm_bwd_params {
 };
 void keel_rmsnorm_bwd(keel_recorder *rec, const struct keel_rmsnorm_bwd_params *p);
 
+// y [T, D] = (x - mean(x)) / sqrt(var(x) + eps) · w + b, var being the mean square (Ba et al. 2016). y may be x.
+struct keel_layernorm_params {
+    struct keel_span x, w, b, y;
+    uint32_t n_rows, width;
+    float eps;
+};
+void keel_layernorm(keel_recorder *rec, const struct keel_layernorm_params *p);
+// dx, or dx += with `add`. dx may be dy when not `add`. w and b are frozen.
+struct keel_layernorm_bwd_params {
+    struct keel_span x, w, dy, dx;
+    uint32_t n_rows, width;
+    float eps;
+    bool add;
+};
+void keel_layernorm_bwd(keel_recorder *rec, const struct keel_layernorm_bwd_params *p);
+
 // --- heads: QK-norm and rotary embedding (rope.c) ------------------------------------------------
 
 // For each token t and head h: z = rmsnorm(x[t, h, :]) · w, then rotate pairs (i, i + d/2) by the angle whose cosine and sine
@@ -185,6 +201,17 @@ struct keel_geglu_bwd_params {
     uint64_t n;
 };
 void keel_geglu_bwd(keel_recorder *rec, const struct keel_geglu_bwd_params *p);
+// y = gelu_tanh(x), n elements (Hendrycks & Gimpel 2016, tanh form). y may be x.
+void keel_gelu(keel_recorder *rec, struct keel_span x, struct keel_span y, uint64_t n);
+// dx = dy · gelu'(x). dx may be x or dy.
+void keel_gelu_bwd(keel_recorder *rec, struct keel_span x, struct keel_span dy, struct keel_span dx, uint64_t n);
+// y [T, N] = x + b (+ residual), b [N] for every row. y may be x or residual. residual may be nothing. A frozen bias has no
+// gradient, and that of x is that of y.
+struct keel_bias_params {
+    struct keel_span x, b, y, residual;
+    uint32_t n_rows, width;
+};
+void keel_bias(keel_recorder *rec, const struct keel_bias_params *p);
 // y += a · x, n elements
 void keel_axpy(keel_recorder *rec, float a, struct keel_span x, struct keel_span y, uint64_t n);
 // y [n_rows, width] = x [.., width] row index[i]
@@ -193,6 +220,18 @@ void keel_gather_rows(keel_recorder *rec, struct keel_span x, struct keel_span i
 // y [.., width] row index[i] = x [n_rows, width] row i; indices distinct
 void keel_scatter_rows(keel_recorder *rec, struct keel_span x, struct keel_span index, struct keel_span y, uint32_t n_rows,
                        uint32_t width);
+
+// --- grids of rows (pool.c) ----------------------------------------------------------------------
+
+// x [grid², D], row r · grid + c for the place (r, c) of a square grid; y [side², D] with side = grid / kernel rounded down:
+// the means over squares of kernel × kernel places. Places beyond the last square are left out.
+struct keel_pool_params {
+    struct keel_span x, y; // backward: dy, dx
+    uint32_t grid, kernel, width;
+};
+void keel_pool(keel_recorder *rec, const struct keel_pool_params *p);
+// dx [grid², D] from dy [side², D]: x is dy, y is dx.
+void keel_pool_bwd(keel_recorder *rec, const struct keel_pool_params *p);
 
 // --- vocabulary rows: loss, log-probabilities, divergence (xent.c) -------------------------------
 

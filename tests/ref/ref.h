@@ -44,6 +44,11 @@ void ref_rmsnorm(double *y, const double *x, const double *w, const double *resi
 // dx = or, with add, dx +=
 void ref_rmsnorm_bwd(double *dx, const double *x, const double *w, const double *dy, int T, int D, double eps, bool add);
 
+// y [T, D] = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) · w + b
+void ref_layernorm(double *y, const double *x, const double *w, const double *b, int T, int D, double eps);
+// dx = or, with add, dx +=
+void ref_layernorm_bwd(double *dx, const double *x, const double *w, const double *dy, int T, int D, double eps, bool add);
+
 // --- heads: QK-norm and rotary embedding ---------------------------------------------------------
 
 // x [T, H, d] → y [rows, H, d] at row slot[t] (t itself if slot is NULL). rope [T, d/2, 2] cosine, sine.
@@ -74,6 +79,15 @@ void ref_attention_bwd(double *dq, double *dk, double *dv, const double *d_o, co
 // y = gelu(gate) · up; gelu(x) = x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))
 void ref_geglu(double *y, const double *gate, const double *up, size_t n);
 void ref_geglu_bwd(double *d_gate, double *d_up, const double *gate, const double *up, const double *dy, size_t n);
+
+// y = gelu(x), the tanh form as above
+void ref_gelu(double *y, const double *x, size_t n);
+void ref_gelu_bwd(double *dx, const double *x, const double *dy, size_t n);
+// y [T, N] = x + b (+ residual, unless NULL)
+void ref_bias(double *y, const double *x, const double *b, const double *residual, int T, int N);
+// y [(grid / kernel)², D]: means over squares of kernel × kernel rows of x [grid², D]
+void ref_pool(double *y, const double *x, int grid, int kernel, int D);
+void ref_pool_bwd(double *dx, const double *dy, int grid, int kernel, int D);
 
 // --- vocabulary rows -----------------------------------------------------------------------------
 

@@ -266,6 +266,59 @@ static void test_geglu(void **state)
     }
 }
 
+// --- vision: array 0 x, 1 w, 2 b, 3 c ------------------------------------------------------------
+
+static double layernorm_loss(const struct grad_case *c)
+{
+    double y[15];
+    ref_layernorm(y, c->array[0], c->array[1], c->array[2], 3, 5, 1e-6);
+    return dot(y, c->array[3], 15);
+}
+
+static double gelu_loss(const struct grad_case *c)
+{
+    double y[15];
+    ref_gelu(y, c->array[0], 15);
+    return dot(y, c->array[3], 15);
+}
+
+static void test_layernorm_gelu(void **state)
+{
+    (void)state;
+    struct grad_case c = { .rng = keel_rng_make(1, 11) };
+    double *x = draw(&c, 15), *w = draw(&c, 5);
+    draw(&c, 5); // b, which no gradient depends on
+    double *dy = draw(&c, 15), dx[15], twice[15];
+    ref_layernorm_bwd(dx, x, w, dy, 3, 5, 1e-6, false);
+    check_gradient("layernorm dx", layernorm_loss, &c, x, dx, 15);
+    memcpy(twice, dx, sizeof dx);
+    ref_layernorm_bwd(twice, x, w, dy, 3, 5, 1e-6, true);
+    for (int i = 0; i < 15; i++) {
+        assert_true(fabs(twice[i] - 2 * dx[i]) < 1e-12);
+    }
+    ref_gelu_bwd(dx, x, dy, 15);
+    check_gradient("gelu dx", gelu_loss, &c, x, dx, 15);
+    finish(&c);
+}
+
+static void test_pool_bias(void **state)
+{
+    (void)state;
+    // grid 5, kernel 2: the last row and column are in no square
+    double x[25], y[4], dx[25];
+    const double dy[4] = { 1, 2, 3, 4 }, b[5] = { 1, 0, 0, 0, 2 };
+    for (int i = 0; i < 25; i++) {
+        x[i] = i;
+    }
+    ref_pool(y, x, 5, 2, 1);
+    assert_true(y[0] == 3 && y[1] == 5 && y[2] == 13 && y[3] == 15);
+    ref_pool_bwd(dx, dy, 5, 2, 1);
+    assert_true(fabs(dot(dx, x, 25) - dot(dy, y, 4)) < 1e-12); // linear, so <dx, x> = <dy, y>
+    assert_true(dx[4] == 0 && dx[24] == 0 && dx[18] == 1);
+    ref_bias(x, x, b, x, 5, 5);
+    assert_true(x[0] == 1 && x[1] == 2 && x[9] == 20 && x[24] == 50);
+}
+
 // --- vocabulary rows: array 0 logits, 1 weights; KL: array 0 p, 1 q ------------------------------
 
 static const uint32_t xent_targets[3] = { 4, 0, 10 };
@@ -378,6 +431,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_linear),  cmocka_unit_test(test_lora),      cmocka_unit_test(test_rmsnorm),
         cmocka_unit_test(test_heads),   cmocka_unit_test(test_attention), cmocka_unit_test(test_geglu),
+        cmocka_unit_test(test_layernorm_gelu), cmocka_unit_test(test_pool_bias),
         cmocka_unit_test(test_xent),    cmocka_unit_test(test_adamw),     cmocka_unit_test(test_dequant),
         cmocka_unit_test(test_random_blocks),
     };
