@@ -11,6 +11,7 @@
 #include "device.h"
 #include "ops.h"
 
+#include <keel/images.h>
 #include <keel/model.h>
 #include <keel/session.h>
 

@@ -3,6 +3,8 @@
 #include "cli.h"
 #include "commands.h"
 
+#include <keel/images.h>
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,6 +12,7 @@ struct tokenize_args {
     struct common common;
     bool json, no_bos, special;
     const char *file;
+    uint32_t image_tokens;
     struct arg_list words;
 };
 
@@ -48,6 +51,28 @@ static void print_tokens(const keel_model *model, const struct tokenize_args *a,
     }
 }
 
+// With --image-tokens every "<image>" is an image, whatever it shows.
+static keel_status encode(const struct context *c, const struct tokenize_args *a, const char *text, size_t len, int32_t **ids,
+                          size_t *n)
+{
+    struct keel_prompt p;
+    struct keel_prompt_images images = { .n_tokens = a->image_tokens };
+    if (!a->image_tokens) {
+        return keel_encode(c->model, text, len, &(struct keel_encode_params){ .bos = !a->no_bos, .special = a->special }, ids, n);
+    }
+    for (const char *at = text; (at = strstr(at, "<image>")); at++) {
+        images.n++;
+    }
+    const keel_status st = keel_prompt_encode(c->model, text, len, &images, &p);
+    if (st == KEEL_OK) {
+        *ids = p.ids;
+        *n = p.n;
+        p.ids = NULL;
+        keel_prompt_finish(&p);
+    }
+    return st;
+}
+
 static int tokenize_run(const void *args)
 {
     const struct tokenize_args *a = args;
@@ -60,6 +85,10 @@ static int tokenize_run(const void *args)
         fprintf(stderr, "keel tokenize: give either TEXT or --file FILE\n");
         return EXIT_USAGE;
     }
+    if (a->image_tokens && (a->special || a->no_bos)) {
+        fprintf(stderr, "keel tokenize: --image-tokens goes neither with --special nor with --no-bos\n");
+        return EXIT_USAGE;
+    }
     if (a->file) {
         if (!read_all(a->file, &data, &len)) {
             return EXIT_FAILED;
@@ -68,7 +97,7 @@ static int tokenize_run(const void *args)
     }
     keel_status st = context_open_model(&c, &a->common);
     if (st == KEEL_OK) {
-        st = keel_encode(c.model, text, len, &(struct keel_encode_params){ .bos = !a->no_bos, .special = a->special }, &ids, &n);
+        st = encode(&c, a, text, len, &ids, &n);
     }
     if (st == KEEL_OK) {
         print_tokens(c.model, a, ids, n);
@@ -84,6 +113,8 @@ static const struct arg_option options[] = {
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print {\"ids\", \"tokens\", \"n\"}" },
     { .name = "--no-bos", .type = ARG_FLAG, .offset = AT(no_bos), .help = "do not begin with the BOS token" },
     { .name = "--special", .type = ARG_FLAG, .offset = AT(special), .help = "control tokens in the text become their ids" },
+    { .name = "--image-tokens", .type = ARG_U32, .offset = AT(image_tokens), .value = "N", .def = "0", .min = 0, .max = 4096,
+      .help = "each <image> in the text is an image of N soft tokens; 0: it is text" },
     { .name = "--file", .brief = "-f", .type = ARG_STR, .offset = AT(file), .value = "FILE",
       .help = "read the text from a file, - for standard input" },
     OPTIONS_LOG,

@@ -83,7 +83,7 @@ static keel_status make_chat(struct keel_train_row *out, const keel_model *model
     for (size_t i = 0; i < n_msgs; i++) {
         const json_t *m = json_array_get(list, i), *role = json_object_get(m, "role"),
                      *text = json_object_get(m, "content");
-        msgs[i] = (struct keel_message){ json_string_value(role), json_string_value(text) };
+        msgs[i] = (struct keel_message){ .role = json_string_value(role), .content = json_string_value(text) };
         if (!msgs[i].role || !msgs[i].content) {
             KEEL_FAIL(row->log, KEEL_ERR_DATA,
                       "%s:%llu: message %zu needs \"role\" and \"content\", both strings", LINE(row), i + 1);

@@ -66,3 +66,39 @@ def test_real_model(keel, real, g270, tmp_path):
         if case["text"]:
             assert tokenize(keel, real, case["text"], tmp_path) == case["plain"], repr(case["text"])
             assert tokenize(keel, real, case["text"], tmp_path, "--special") == case["special"], repr(case["text"])
+
+
+PROMPTS = ["what is this? <image>", "<image>", "<image><image>", "a <image>\n<image> b", "\n<image>\n\nthe clerk", "is  <image>  red?",
+           "<start_of_turn>user\n<image>the sky", "no image, <image", "it's\n\n\n<image>\n\n\n noon"]
+
+
+def expanded(tok, text, n):
+    """What transformers' Gemma3Processor tokenises: every placeholder replaced by its full image sequence."""
+    start, end = tok.id["<start_of_image>"], tok.id["<end_of_image>"]
+    soft = tok.id.get("<image_soft_token>", 0)
+    parts, ids = text.split("<image>"), [tok.bos]
+    for i, part in enumerate(parts):
+        ids += tok.encode(("\n\n" if i else "") + part + ("\n\n" if i + 1 < len(parts) else ""), bos=False)
+        ids += [start] + [soft] * n + [end] if i + 1 < len(parts) else []
+    return ids
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_images(keel, tiny_a, oracle, tmp_path, n):
+    tok = oracle(tiny_a).tok
+    for text in PROMPTS:
+        got = tokenize(keel, tiny_a, text, tmp_path, "--image-tokens", n)
+        assert got == expanded(tok, text, n), repr(text)
+        assert tokenize(keel, tiny_a, text, tmp_path) == tok.encode(text)  # without the option it is text
+
+
+@pytest.mark.full
+def test_real_images(keel, real, oracle, tmp_path):
+    """Gemma's own vocabulary, with its tokens for runs of up to 31 newlines."""
+    tok = oracle(real).tok
+    for text in PROMPTS + ["x" + "\n" * k + "<image>" + "\n" * (30 - k) + "y" for k in range(0, 31, 3)]:
+        assert tokenize(keel, real, text, tmp_path, "--image-tokens", 256) == expanded(tok, text, 256), repr(text)
+
+
+def test_images_do_not_go_with_special(keel, tiny_a):
+    keel.fails("tokenize", "-m", tiny_a, "--image-tokens", 4, "--special", "<image>", says="--special", rc=2)

@@ -6,6 +6,7 @@
 
 #include <keel/bench.h>
 #include <keel/device.h>
+#include <keel/images.h>
 #include <keel/log.h>
 #include <keel/model.h>
 #include <keel/session.h>

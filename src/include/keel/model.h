@@ -56,9 +56,14 @@ KEEL_API int32_t keel_token_eos(const keel_model *model);
 KEEL_API int32_t keel_token_eot(const keel_model *model); // "<end_of_turn>"
 KEEL_API bool keel_token_is_end(const keel_model *model, int32_t id); // EOS or end of turn
 
+struct keel_part {
+    const char *text; // UTF-8 as below; NULL: an image
+};
 struct keel_message {
     const char *role;    // "system", "user" or "assistant" ("model")
     const char *content; // UTF-8, taken as plain text: control tokens in it stay text
+    const struct keel_part *parts; // [n_parts] instead of a content (NULL): each text is stripped, then they follow each other
+    size_t n_parts;
 };
 // Gemma's chat template as transformers applies it (a leading system message is put before the first user turn, contents are
 // stripped, roles must alternate): ids beginning with BOS; with `open` it ends after "<start_of_turn>model\n". `loss_mask`, unless NULL, gets
