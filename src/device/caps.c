@@ -28,8 +28,8 @@ static const struct clamp clamps[] = {
     // Mali Valhall, panvk
     {.name = "mali", .workgroup = 512, .shared = 32768, .push = 128, .subgroup = 16, .buffer = 1024 * MIB,
      .no_arith = true, .no_float16 = true, .no_dot = true},
-    // a card whose memory the host cannot write
-    {.name = "discrete", .no_unified = true},
+    // a card whose memory the host cannot write, and the tile sizes that GPUs get
+    {.name = "discrete", .no_unified = true, .no_subgroup = true, .no_arith = true},
 };
 
 static const struct clamp *find_clamp(const char *name)
@@ -73,7 +73,10 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
     c->float16 = c->float16 && !k->no_float16;
     c->int8 = c->int8 && !k->no_int8;
     c->int_dot = c->int_dot && !k->no_dot;
-    c->unified = c->unified && !k->no_unified;
+    if (k->no_unified) {
+        c->unified = false;
+        snprintf(c->kind, sizeof(c->kind), "discrete");
+    }
 }
 
 // --- queries -------------------------------------------------------------------------------------

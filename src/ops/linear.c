@@ -5,7 +5,7 @@
 
 #include "linear/linear.h"
 
-#include <math.h>
+#include <string.h>
 
 static_assert(sizeof(struct linear_pc) == 40, "shaders/linear/linear.h");
 
@@ -39,19 +39,27 @@ static uint64_t row_bytes(const struct keel_matrix *w)
     return keel_tile_bytes(w->type, 64, w->cols) / 64;
 }
 
-// Tokens and tiles of rows that a lane works on. A lane that reads for itself wants many tokens for each weight it unpacks;
-// with exchange, tokens are cheap to read and weights dear, and registers spill to memory that is fast on CPUs.
+// Tokens and tiles of rows that a lane works on, and parts that K is cut into. A lane that reads for itself wants many tokens for
+// each weight it unpacks; with exchange, tokens are cheap to read and weights dear, and registers spill to memory that is fast on
+// CPUs. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave most of it idle.
 struct tiling {
-    uint32_t tokens, tiles;
+    uint32_t tokens, tiles, slices;
 };
+#define MANY_LANES 65536u // enough for the largest GPU: 132 multiprocessors × 512 lanes
 
-static struct tiling tiling_of(bool exchange, uint32_t n_tokens, uint32_t n_tiles)
+static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t n_tokens, uint32_t n_tiles, uint32_t kb)
 {
     const uint32_t tokens = exchange ? 4 : 8;
-    struct tiling t = { n_tokens >= tokens ? tokens : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1 };
+    const bool gpu = strcmp(caps->kind, "cpu") != 0;
+    struct tiling t = { n_tokens >= tokens ? tokens : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1, 1 };
     const uint32_t most = !exchange ? 2 : n_tokens >= 4 ? 8 : 4;
-    while (t.tiles < most && n_tiles >= 4 * t.tiles) { // keep at least two workgroups
+    const uint32_t lanes = n_tiles * LANES * keel_div_up(n_tokens, t.tokens);
+    while (t.tiles < most && n_tiles >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
         t.tiles *= 2;
+    }
+    while (gpu && lanes / t.tiles * t.slices < MANY_LANES && LANES * t.slices * 2 <= KEEL_MIN(caps->max_workgroup, 512u) &&
+           kb >= t.slices * 8 && (t.slices * 2 - 1) * LANES * t.tiles * t.tokens * 4 <= caps->max_shared) {
+        t.slices *= 2;
     }
     return t;
 }
@@ -60,12 +68,12 @@ void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    // x is read as texels of four numbers
-    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange && w->cols % 4 == 0;
+    const struct keel_caps *caps = keel_device_caps(keel_recorder_device(rec));
+    const bool exchange = caps->exchange && w->cols % 4 == 0; // x is read as texels of four numbers
     for (uint32_t i = 0; i < w->n_shards; i++) {
         const struct keel_shard *s = &w->shard[i];
         const uint32_t tiles = keel_div_up(s->rows, 64);
-        const struct tiling tiling = tiling_of(exchange, p->n_tokens, tiles);
+        const struct tiling tiling = tiling_of(caps, exchange, p->n_tokens, tiles, keel_div_up(w->cols, 32));
         const uint32_t tokens = tiling.tokens, tiles_lane = tiling.tiles;
         const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
         const uint64_t tile_flops = UINT64_C(128) * w->cols * p->n_tokens;
@@ -81,7 +89,7 @@ void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
                 };
                 keel_record(rec, &(struct keel_dispatch){
                     .shader = sh->fwd[exchange],
-                    .spec = { LANES, tiles_lane, tokens, 1, w->cols % 32 != 0 }, .n_spec = 5,
+                    .spec = { LANES * tiling.slices, tiles_lane, tokens, tiling.slices, w->cols % 32 != 0 }, .n_spec = 5,
                     .bind = { READ(s->span), READ(p->x), UPDATE(p->y) }, .n_bind = 3,
                     .push = &pc, .push_bytes = sizeof pc,
                     .groups = { keel_div_up(n, tiles_lane), ng, 1 },

@@ -8,11 +8,12 @@ import texts
 from keelcli import score, train
 
 
-@pytest.fixture(scope="module", params=["tiny_a", *(pytest.param(m, marks=pytest.mark.full) for m in ("tiny_b", "tiny_c"))])
+@pytest.fixture(scope="module", params=["tiny_a", *(pytest.param(m, marks=pytest.mark.full) for m in ("tiny_b", "tiny_c", "real"))])
 def trained(request, keel, tiny, tmp_path_factory):
     """(model path, adapter trained by keel)."""
-    model = tiny / f"{request.param}.gguf"
-    out, _ = train(keel, model, texts.TRAIN, tmp_path_factory.mktemp("t"), steps=6, rank=4, lr=1e-2)
+    is_real = request.param == "real"
+    model = request.getfixturevalue("real") if is_real else tiny / f"{request.param}.gguf"
+    out, _ = train(keel, model, texts.TRAIN, tmp_path_factory.mktemp("t"), steps=6, rank=4, lr=1e-3 if is_real else 1e-2)
     return model, out
 
 
