@@ -63,6 +63,10 @@ static keel_status check_arch(const keel_gguf *g, const keel_log *log)
         KEEL_ERROR(log, "%s: metadata \"general.architecture\" is missing; this is no model file", keel_gguf_name(g));
         return KEEL_ERR_FORMAT;
     }
+    if (strcmp(arch, "clip") == 0) {
+        KEEL_ERROR(log, "%s: this is a vision tower (mmproj), not a model; give it with --mmproj beside its model", keel_gguf_name(g));
+        return KEEL_ERR_UNSUPPORTED;
+    }
     if (type && strcmp(type, "model") != 0) {
         KEEL_ERROR(log, "%s: this GGUF is of type \"%s\", not a model", keel_gguf_name(g), type);
         return KEEL_ERR_UNSUPPORTED;

@@ -67,11 +67,29 @@ struct keel_vision {
     keel_device *dev;
     keel_heap *heap; // weights
     struct keel_siglip_weights w;
-    struct keel_tower *tower; // buffers and recorder of a pass; NULL until the first one
+    struct keel_tower *tower; // buffers and recorder of a pass; NULL until loaded
+    bool cache_warned;
 };
 
 // Uploads all weights into vision->heap. Errors: NO_MEMORY, NUMERIC, DEVICE_LOST.
 keel_status keel_siglip_upload(keel_vision *vision);
 uint64_t keel_siglip_weight_bytes(const keel_vision *vision); // what it will allocate
+
+// --- pass (vision_tower.c) -----------------------------------------------------------------------
+
+// Buffers for one image on vision->dev. Errors: UNSUPPORTED (above the device's limits), NO_MEMORY.
+keel_status keel_tower_create(struct keel_tower **out, const keel_vision *vision);
+void keel_tower_destroy(struct keel_tower **tower); // accepts &NULL
+uint64_t keel_tower_bytes(const struct keel_siglip *c); // device memory of those buffers
+// tokens [n_tokens, out_width] from patches [n_patches, 3, patch, patch], both in host memory. Blocks until done.
+// Errors: NUMERIC, DEVICE_LOST.
+keel_status keel_tower_run(const keel_vision *vision, const float *patches, float *tokens);
+
+// --- disk cache (vision_cache.c) ------------------------------------------------------------------
+
+// `pixels`: hash of the decoded image; vision->info.hash must be known. False when there is no sound entry.
+bool keel_vision_cache_read(const keel_vision *vision, uint64_t pixels, float *tokens);
+// A failure is a warning, once.
+void keel_vision_cache_write(keel_vision *vision, uint64_t pixels, const float *tokens);
 
 #endif

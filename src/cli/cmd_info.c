@@ -3,6 +3,8 @@
 #include "cli.h"
 #include "commands.h"
 
+#include <keel/vision.h>
+
 struct info_args {
     struct common common;
     bool json;
@@ -34,6 +36,52 @@ static void info_print(const struct keel_model_info *m)
     printf("  %-28s %u query, %u key/value, %u wide\n", "heads", m->n_heads, m->n_kv_heads, m->head_dim);
     printf("  %-28s %u tokens\n", "context", m->context);
 }
+
+// --- a vision tower ------------------------------------------------------------------------------
+
+static json_t *vision_json(const struct keel_vision_info *v, const struct keel_plan *plan)
+{
+    char hex[17];
+    snprintf(hex, sizeof hex, "%016llx", (unsigned long long)v->hash);
+    return json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I, s:s, s:o}", "path", v->path, "arch", "clip",
+                     "image_size", (int)v->image_size, "patch", (int)v->patch, "width", (int)v->width, "ff_width", (int)v->ff_width,
+                     "n_layers", (int)v->n_layers, "n_heads", (int)v->n_heads, "n_tokens", (int)v->n_tokens, "out_width",
+                     (int)v->out_width, "n_params", (json_int_t)v->n_params, "file_bytes", (json_int_t)v->file_bytes, "hash", hex,
+                     "plan_vision", plan_json(plan));
+}
+
+static void vision_print(const struct keel_vision_info *v, const struct keel_plan *plan)
+{
+    printf("%s: vision tower (mmproj) for a Gemma 3 model\n", v->path);
+    printf("  %-28s %.1f million in %s\n", "parameters", (double)v->n_params * 1e-6, bytes_text(v->file_bytes));
+    printf("  %-28s %u × %u pixels in patches of %u × %u\n", "image", v->image_size, v->image_size, v->patch, v->patch);
+    printf("  %-28s %u\n", "layers", v->n_layers);
+    printf("  %-28s %u, feed-forward %u, %u heads\n", "width", v->width, v->ff_width, v->n_heads);
+    printf("  %-28s %u tokens of width %u\n", "an image becomes", v->n_tokens, v->out_width);
+    printf("memory while images are encoded\n");
+    plan_print(stdout, plan);
+}
+
+static int info_vision(const struct info_args *a)
+{
+    struct context c = { .log = cli_log(&a->common) };
+    struct keel_plan plan;
+    keel_vision *v = NULL;
+    keel_status st = keel_vision_open(&v, a->words.at[0], NULL, &c.log);
+    if (st == KEEL_OK) {
+        st = keel_vision_plan(v, &plan);
+    }
+    if (st == KEEL_OK && a->json) {
+        keel_vision_hash(v);
+        print_json(stdout, vision_json(keel_vision_info(v), &plan));
+    } else if (st == KEEL_OK) {
+        vision_print(keel_vision_info(v), &plan);
+    }
+    keel_vision_close(&v);
+    return context_close(&c, st);
+}
+
+// --- a model -------------------------------------------------------------------------------------
 
 static keel_status show_plan(const struct context *c, const struct info_args *a, bool train, json_t *out)
 {
@@ -67,6 +115,9 @@ static int info_run(const void *args)
     struct context c = { 0 };
     struct common common = a->common;
     json_t *out = NULL;
+    if (keel_vision_is_file(a->words.at[0])) {
+        return info_vision(a);
+    }
     common.model = a->words.at[0];
     keel_status st = context_open_model(&c, &common);
     if (st == KEEL_OK) {
@@ -108,7 +159,7 @@ static const struct arg_option options[] = {
     OPTIONS_LOG,
 };
 const struct arg_command cmd_info = {
-    .name = "info", .summary = "show a model's architecture, tensors and the memory it will take",
+    .name = "info", .summary = "show what a model or vision tower is and the memory it will take",
     .usage = "MODEL [--ctx N] [--rank N] [--json]", .options = options, .n_options = sizeof options / sizeof options[0],
     .args_bytes = sizeof(struct info_args), .positional = AT(words), .min_words = 1, .max_words = 1, .word = "MODEL",
     .run = info_run,

@@ -31,10 +31,15 @@ struct keel_vision_info {
 // names, shapes and types are checked. `model`: the text model that the tokens are for, or NULL to only look at the file.
 // Errors: IO, FORMAT, UNSUPPORTED, MISMATCH (the tokens are not as wide as the model). `log` outlives the object.
 KEEL_API keel_status keel_vision_open(keel_vision **out, const char *path, const keel_model *model, const keel_log *log);
+// Whether the file is a GGUF of architecture "clip", sound or not. Logs nothing.
+KEEL_API bool keel_vision_is_file(const char *path);
 KEEL_API void keel_vision_close(keel_vision **vision); // accepts NULL and pointers to NULL
 KEEL_API const struct keel_vision_info *keel_vision_info(const keel_vision *vision);
 // Hashes the whole file (64-bit FNV-1a); reads every byte once.
 KEEL_API uint64_t keel_vision_hash(keel_vision *vision);
+
+// What the tower takes on a device while loaded, beside the model. Needs no device.
+KEEL_API keel_status keel_vision_plan(const keel_vision *vision, struct keel_plan *out);
 
 // Uploads the weights, checking them for NaN and infinity; does nothing if they are on `dev` already. keel_vision_encode()
 // calls it when it must. Errors: NO_MEMORY, NUMERIC (names the tensor), DEVICE_LOST, ARG (loaded on another device).
