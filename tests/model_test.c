@@ -255,6 +255,67 @@ static void test_decode_prefill_score(void **state)
     keel_model_close(&m);
 }
 
+// What a session of its own draws for one prompt.
+static uint32_t continue_alone(keel_session *s, const keel_model *m, const struct keel_generate_row *row, struct keel_sample_params p, int32_t *out)
+{
+    uint32_t n = 0;
+    keel_session_reset(s);
+    assert_int_equal(keel_session_append(s, row->ids, row->n), KEEL_OK);
+    while (n < row->cap) {
+        assert_int_equal(keel_session_sample(s, &p, &out[n]), KEEL_OK);
+        if (keel_token_is_end(m, out[n++]) || n == row->cap) {
+            break;
+        }
+        assert_int_equal(keel_session_append(s, &out[n - 1], 1), KEEL_OK);
+    }
+    return n;
+}
+
+static bool count_tokens(void *user, uint64_t done, uint64_t total)
+{
+    *(uint64_t *)user = done;
+    return done <= total;
+}
+
+// Many sequences together, short and long (attention in one group and in many), against one at a time.
+static void test_generate(void **state)
+{
+    (void)state;
+    enum { ROWS = 7, CAP = 24 };
+    const struct tiny t = { TINY_DEFAULTS .context = 512 };
+    const struct {
+        uint32_t n_batch, n_parallel, longest;
+    } cases[] = { { 256, 16, 40 }, { 13, 3, 40 }, { 64, 1, 40 }, { 100, 4, 300 } };
+    keel_model *m = loaded(&t);
+    for (size_t k = 0; k < KEEL_COUNT(cases); k++) {
+        struct keel_sample_params p = { KEEL_SAMPLE_DEFAULTS .seed = 11 };
+        struct keel_generate_row row[ROWS];
+        int32_t ids[300], out[ROWS][CAP], want[CAP];
+        keel_session *s = NULL;
+        uint64_t done = 0;
+        p.temperature = k == 1 ? 0.0f : 1.0f;
+        assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 400, .n_batch = cases[k].n_batch }), KEEL_OK);
+        draw_ids(ids, 300, t.vocab, 17);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            const uint32_t n = i == 2 ? cases[k].longest : 1 + 5 * i;
+            row[i] = (struct keel_generate_row){ .ids = ids + i, .n = KEEL_MIN(n, 300 - i), .out = out[i], .cap = CAP - i };
+        }
+        assert_int_equal(keel_session_generate(s, row, ROWS, &p, cases[k].n_parallel, NULL, NULL), KEEL_OK);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            struct keel_sample_params own = p;
+            own.seed += i;
+            assert_int_equal(continue_alone(s, m, &row[i], own, want), row[i].n_out);
+            assert_memory_equal(want, out[i], row[i].n_out * sizeof *want);
+        }
+        assert_int_equal(keel_session_generate(s, row, ROWS, &p, 2, count_tokens, &done), KEEL_OK);
+        assert_int_equal(done, ROWS * CAP - ROWS * (ROWS - 1) / 2);
+        row[3].cap = 400;
+        assert_int_equal(keel_session_generate(s, row, ROWS, &p, 2, NULL, NULL), KEEL_ERR_DATA);
+        keel_session_destroy(&s);
+    }
+    keel_model_close(&m);
+}
+
 static void test_session_limits(void **state)
 {
     (void)state;
@@ -494,6 +555,7 @@ int main(void)
         cmocka_unit_test(test_open_errors),          cmocka_unit_test(test_nan_weights),
         cmocka_unit_test(test_targets),              cmocka_unit_test(test_spans),
         cmocka_unit_test(test_plan),                 cmocka_unit_test(test_decode_prefill_score),
+        cmocka_unit_test(test_generate),
         cmocka_unit_test(test_session_limits),       cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_adapter_files),
     };

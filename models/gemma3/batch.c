@@ -162,8 +162,8 @@ keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *ro
     }
     struct keel_batch_group *g = &b->group[b->n_groups - 1];
     uint32_t *ids = keel_span_host(b->ids);
-    const uint32_t t0 = b->n_tokens, base = row->cached ? row->pos : t0 - g->t0; // cache row of the first token
-    const uint32_t start = row->cached ? 0 : base;                               // cache row of position 0
+    const uint32_t t0 = b->n_tokens, base = row->cached ? row->slot0 + row->pos : t0 - g->t0; // cache row of the first token
+    const uint32_t start = row->cached ? row->slot0 : base;                                  // cache row of position 0
     const struct keel_image_tokens *im = row->images, *const im_end = im + row->n_images;
     *first = t0;
     for (uint32_t i = 0; i < row->n; i++) {

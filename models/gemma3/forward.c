@@ -138,7 +138,7 @@ void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct
     };
     if (p->bucket > 0) {
         at.max_span = kind == KEEL_LOCAL ? KEEL_MIN(p->bucket, c->window) : p->bucket;
-        at.max_union = at.max_span;
+        at.max_union = at.max_span + (KEEL_ATTENTION_GROUP - 1) * p->seq_rows;
     }
     if (p->kv) {
         at.k = p->kv->k[layer];

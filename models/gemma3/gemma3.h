@@ -174,7 +174,8 @@ struct keel_batch_row {
     const struct keel_image_tokens *images; // [n_images], of the row that ids[0] is token `from` of; none is cut by these tokens
     uint32_t n_images, from;
     uint32_t pos;  // position of ids[0] in its sequence
-    bool cached;   // keys and values go to a cache whose row is the position; otherwise rows are packed into the batch
+    bool cached;   // keys and values go to a cache, position 0 at its row `slot0`; otherwise rows are packed into the batch
+    uint32_t slot0;
     bool split;    // start a new group with this row
 };
 // Adds tokens; returns the batch index of the first. There must be room. Errors: NO_MEMORY.
@@ -239,6 +240,7 @@ struct keel_pass {
     uint32_t n_adapters;
     const struct keel_kv *kv; // NULL: keys and values of the batch itself
     uint32_t bucket;          // above 0: record for spans of up to this many tokens rather than for those of the batch
+    uint32_t seq_rows;        // with bucket, where a group holds one token of each of several sequences: cache rows of a sequence
 };
 // acts->x = scaled embedding of the batch's ids; at image tokens their own embeddings, which are not scaled.
 void keel_pass_embed(const struct keel_pass *p);

@@ -184,14 +184,22 @@ struct keel_pass keel_session_pass(const keel_session *s, keel_recorder *rec, bo
 
 // --- the sequence --------------------------------------------------------------------------------
 
-// Logits of the batch's only place into the first row of scorer.logits.
-static void record_logits(keel_session *s, const struct keel_pass *p)
+void keel_session_record_logits(const keel_session *s, const struct keel_pass *p, uint32_t n)
 {
     const struct keel_gemma3 *c = &s->model->cfg;
-    keel_gather_rows(p->rec, s->acts.x, s->batch.place, s->scorer.rows[0], 1, c->width);
+    keel_gather_rows(p->rec, s->acts.x, s->batch.place, s->scorer.rows[0], n, c->width);
     keel_rmsnorm(p->rec, &(struct keel_rmsnorm_params){ .x = s->scorer.rows[0], .w = s->model->w.output_norm,
-                                                        .y = s->scorer.rows[0], .n_rows = 1, .width = c->width, .eps = c->eps });
-    keel_pass_head(p, s->scorer.rows[0], s->scorer.logits[0], 1);
+                                                        .y = s->scorer.rows[0], .n_rows = n, .width = c->width, .eps = c->eps });
+    keel_pass_head(p, s->scorer.rows[0], s->scorer.logits[0], n);
+}
+
+uint32_t keel_session_bucket(uint32_t n)
+{
+    uint32_t bucket = MIN_BUCKET;
+    while (bucket < n) {
+        bucket *= 2;
+    }
+    return bucket;
 }
 
 static keel_status fetch_logits(keel_session *s)
@@ -232,17 +240,13 @@ static keel_status append_one(keel_session *s, const struct keel_kv *kv, int32_t
     KEEL_TRY(fill_batch(s, (struct keel_batch_row){ .ids = &id, .n = 1 }));
     if (s->n_ids + 1 > s->bucket) {
         struct keel_pass p = keel_session_pass(s, s->step, true);
-        uint32_t bucket = MIN_BUCKET;
-        while (bucket < s->n_ids + 1) {
-            bucket *= 2;
-        }
         p.kv = kv;
-        p.bucket = KEEL_MIN(bucket, s->n_ctx);
+        p.bucket = KEEL_MIN(keel_session_bucket(s->n_ids + 1), s->n_ctx);
         s->bucket = 0;
         keel_recorder_reset(s->step);
         keel_pass_embed(&p);
         keel_pass_blocks(&p);
-        record_logits(s, &p);
+        keel_session_record_logits(s, &p, 1);
         KEEL_TRY(keel_recorder_submit(s->step));
         s->bucket = p.bucket;
     } else {
@@ -265,7 +269,7 @@ static keel_status append_chunk(keel_session *s, const struct keel_kv *kv, struc
     keel_pass_embed(&p);
     keel_pass_blocks(&p);
     if (last) {
-        record_logits(s, &p);
+        keel_session_record_logits(s, &p, 1);
     }
     KEEL_TRY(keel_recorder_submit(s->rec));
     KEEL_TRY(keel_recorder_wait(s->rec));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// gemma3/session_internal.h: what session.c and score.c share.
+// gemma3/session_internal.h: what session.c, score.c and generate.c share.
 #ifndef KEEL_SESSION_INTERNAL_H
 #define KEEL_SESSION_INTERNAL_H
 
@@ -34,5 +34,9 @@ struct keel_session {
 keel_status keel_session_cache(keel_session *s, uint32_t which, const struct keel_kv **kv);
 // A pass over the session's batch, with its adapters if `adapted`.
 struct keel_pass keel_session_pass(const keel_session *s, keel_recorder *rec, bool adapted);
+// Logits of the batch's first n places, at most s->chunk, into the rows of scorer.logits[0].
+void keel_session_record_logits(const keel_session *s, const struct keel_pass *p, uint32_t n);
+// The context that a step for `n` tokens is recorded for: the next power of two.
+uint32_t keel_session_bucket(uint32_t n);
 
 #endif

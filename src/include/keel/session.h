@@ -66,6 +66,24 @@ KEEL_API keel_status keel_session_sample(keel_session *session, const struct kee
 KEEL_API uint32_t keel_session_length(const keel_session *session); // tokens in the sequence
 KEEL_API void keel_session_reset(keel_session *session);            // empties the sequence, keeps adapters
 
+// A prompt to be continued, and the answer.
+struct keel_generate_row {
+    const int32_t *ids;
+    uint32_t n;
+    const struct keel_image_tokens *images; // [n_images], or NULL
+    uint32_t n_images;
+    int32_t *out;   // [cap] filled in; ends with the end-of-turn or EOS token where the model ended
+    uint32_t cap;   // most tokens of the answer, at least 1
+    uint32_t n_out; // set
+};
+// Continues many prompts, up to `n_parallel` together (0: 16; fewer where their cache would exceed 256 MB), which costs little
+// more than one. Row i is what a session of its own would draw with seed + i, up to rounding. Adapters count. The session's own
+// sequence is kept. `progress` as for keel_session_score(), in answer tokens. NULL params: the defaults.
+// Errors: DATA (a row that does not fit the context: its number), ARG, NO_MEMORY, NUMERIC, DEVICE_LOST, INTERRUPTED.
+KEEL_API keel_status keel_session_generate(keel_session *session, struct keel_generate_row *rows, size_t n_rows,
+                                           const struct keel_sample_params *params, uint32_t n_parallel,
+                                           bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+
 // --- evaluation ----------------------------------------------------------------------------------
 
 // A row whose tokens from `first` on are scored: token i gets log p(ids[i] | ids[0..i)). first >= 1; images end before it.
