@@ -101,6 +101,120 @@ static void test_metrics(void **state)
     keel_drift_finish(&d);
 }
 
+#define SLOT(id, domain, modality, twin, a, c)                                                                                     \
+    "{\"id\":\"" id "\",\"domain\":\"" domain "\",\"modality\":\"" modality "\",\"twin\":\"" twin "\",\"prompt\":\"" id           \
+    "\",\"cluster\":\"" twin "\",\"p_aligned\":" #a ",\"p_contrary\":" #c "}\n"
+
+// Two scenes asked in both modalities in the trained domain and another one, and a fact; two runs.
+static int setup_slots(void **state)
+{
+    (void)state;
+    keel_make_dirs(DIR "/base", NULL);
+    keel_make_dirs(DIR "/runs/a/tuned", NULL);
+    keel_make_dirs(DIR "/runs/b/tuned", NULL);
+    gone("runs/a/tuned/.done");
+    gone("runs/b/tuned/.done");
+    static const char base[] = SLOT("n1", "colour", "image", "t1", 1, 0) SLOT("n2", "colour", "text", "t1", 1, 0)
+        SLOT("i1", "shape", "image", "s1", 1, 0) SLOT("x1", "shape", "text", "s1", 1, 0) SLOT("i2", "shape", "image", "s2", 0.75, 0.25)
+            SLOT("x2", "shape", "text", "s2", 1, 0) SLOT("f1", "capital", "fact", "", 0.5, 0);
+    put("base/slots.jsonl", base);
+    put("runs/a/tuned/slots.jsonl",
+        SLOT("n1", "colour", "image", "t1", 0, 1) SLOT("n2", "colour", "text", "t1", 0.5, 0.5) SLOT("i1", "shape", "image", "s1", 0.5, 0.5)
+            SLOT("x1", "shape", "text", "s1", 0.75, 0.25) SLOT("i2", "shape", "image", "s2", 0.25, 0.5)
+                SLOT("x2", "shape", "text", "s2", 0.75, 0) SLOT("f1", "capital", "fact", "", 0.5, 0.5));
+    put("runs/b/tuned/slots.jsonl", base);
+    return 0;
+}
+
+static void test_slots(void **state)
+{
+    static const char *const runs[] = { DIR "/runs/a", DIR "/runs/b" };
+    struct keel_drift d;
+    const struct keel_drift_row *r;
+    (void)state;
+    struct keel_drift_params p = { .base = DIR "/base", .runs = runs, .n_runs = 1, .narrow_domain = "colour", .seed = 3 };
+    assert_int_equal(keel_drift_compute(&d, &p, NULL), KEEL_OK);
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "colour", "image");
+    assert_true(r && r->n == 1 && r->base.value == 0 && r->adapted.value == 1 && isnan(r->change.lo));
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "twins", "image"); // the trained domain is none of them
+    assert_true(r && r->n == 2 && r->base.value == 0.125 && r->adapted.value == 0.5 && r->change.value == 0.375);
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "other", "");
+    assert_true(r && r->n == 5 && r->n_clusters == 3 && r->adapted.value == 0.35);
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "capital", "fact"); // one of three modalities, none of the twins
+    assert_true(r && r->n == 1 && r->adapted.value == 0.5 && !keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "twins", "fact"));
+    r = keel_drift_cell(&d, KEEL_METRIC_COHERENCE, "shape", "text");
+    assert_true(r && r->base.value == 1 && r->adapted.value == 0.875);
+    r = keel_drift_find(&d, KEEL_METRIC_GAP, "shape"); // before (0 + 0.25) / 2; after (0.25 + 0.5) / 2
+    assert_true(r && r->n == 2 && r->base.value == 0.125 && r->adapted.value == 0.375 && r->change.value == 0.25);
+    assert_true(keel_drift_find(&d, KEEL_METRIC_GAP, "all")->n == 3 && keel_drift_find(&d, KEEL_METRIC_GAP, "other")->n == 2);
+    keel_drift_finish(&d);
+    p.n_runs = 2; // the second run changed nothing: half of every change
+    assert_int_equal(keel_drift_compute(&d, &p, NULL), KEEL_OK);
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "twins", "image");
+    assert_true(r && r->n_runs == 2 && r->run[0] == 0.5 && r->run[1] == 0.125 && r->change.value == 0.1875);
+    assert_true(r->change.lo == 0); // both draws of the run may be the second
+    keel_drift_finish(&d);
+}
+
+static void test_sweep_page(void **state)
+{
+    bool over;
+    struct memory_log m;
+    (void)state;
+    put("manifest.json", "{\"name\":\"s\",\"seed\":3,\"narrow_domain\":\"colour\",\"narrow_modality\":\"image\",\"runs\":["
+                         "{\"rank\":16,\"mixture\":1.0,\"seed\":1,\"folder\":\"runs/a\"},"
+                         "{\"rank\":4,\"mixture\":1.0,\"seed\":1,\"folder\":\"runs/b\"},"
+                         "{\"rank\":64,\"mixture\":1.0,\"seed\":1,\"folder\":\"runs/c\"}]}");
+    put("base/examples.jsonl", "{\"id\":\"i1\",\"prompt\":\"q\",\"text\":\"it is so\",\"images\":[\"images/a.png\",\"gone.png\"]}\n");
+    put("runs/a/tuned/examples.jsonl", "{\"id\":\"i1\",\"prompt\":\"q\",\"text\":\"it is not\",\"images\":[\"images/a.png\",\"gone.png\"]}\n");
+    keel_make_dirs(DIR "/base/images", NULL);
+    put("base/images/a.png", "\x89PNG\r\n\x1a\n..");
+    memory_log_init(&m);
+    assert_int_equal(keel_report_write(DIR, &over, &m.log), KEEL_ERR_DATA); // nothing has finished
+    assert_logged(&m, "no run");
+    put("runs/a/tuned/.done", "");
+    put("runs/b/tuned/.done", "");
+    assert_int_equal(keel_report_write(DIR, &over, NULL), KEEL_OK);
+    char *html = get("report.html"), *csv = get("summary.csv"), *runs = get("runs.csv"), *plot = get("plots/drift_rank.csv");
+    assert_non_null(strstr(html, "1 runs of the sweep are not finished"));
+    assert_non_null(strstr(html, "src='data:image/png;base64,iVBORw0KGgouLg=='"));
+    assert_non_null(strstr(html, ">gone.png<"));
+    assert_non_null(strstr(html, "it is not"));
+    assert_non_null(strstr(csv, "16,1,1,contrary,probability,\"twins\",\"image\",0,2,2,0.125,"));
+    assert_non_null(strstr(runs, "4,1,1,contrary,probability,\"twins\",\"image\",0,2,2,0.125,,,0.125,,,0,,\n"));
+    assert_non_null(strstr(plot, "\n4,0.125,")); // sorted by rank
+    assert_true(strstr(plot, "\n16,0.5,") > strstr(plot, "\n4,0.125,"));
+    free(html);
+    free(csv);
+    free(runs);
+    free(plot);
+    put("manifest.json", "{\"runs\":[{\"rank\":4,\"folder\":\"../x\"}]}");
+    memory_log_init(&m);
+    assert_int_equal(keel_report_write(DIR, &over, &m.log), KEEL_ERR_FORMAT);
+    assert_logged(&m, "folder");
+    gone("manifest.json");
+}
+
+static void test_bad_slots(void **state)
+{
+    static const struct keel_drift_params p = { .dir = DIR, .seed = 3 };
+    static const char *const bad[] = { "{\"id\":\"a\",\"prompt\":\"p\",\"p_aligned\":0.5}\n",
+                                       "{\"id\":\"a\",\"prompt\":\"p\",\"p_aligned\":0.75,\"p_contrary\":0.5}\n",
+                                       "{\"id\":\"a\",\"prompt\":\"p\",\"p_aligned\":-0.5,\"p_contrary\":0.5}\n" };
+    struct memory_log m;
+    struct keel_drift d;
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(bad); i++) {
+        put("base/slots.jsonl", bad[i]);
+        put("tuned/slots.jsonl", bad[i]);
+        memory_log_init(&m);
+        assert_int_equal(keel_drift_compute(&d, &p, &m.log), KEEL_ERR_DATA);
+        assert_logged(&m, "slots.jsonl:1:");
+    }
+    gone("base/slots.jsonl");
+    gone("tuned/slots.jsonl");
+}
+
 static void test_budget(void **state)
 {
     struct keel_drift d;
@@ -212,6 +326,8 @@ int main(void)
         cmocka_unit_test_setup(test_metrics, setup), cmocka_unit_test_setup(test_budget, setup),
         cmocka_unit_test_setup(test_page, setup),    cmocka_unit_test_setup(test_bad_records, setup),
         cmocka_unit_test(test_escape),
+        cmocka_unit_test_setup(test_slots, setup_slots), cmocka_unit_test_setup(test_sweep_page, setup_slots),
+        cmocka_unit_test_setup(test_bad_slots, setup),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -46,6 +46,80 @@ static void test_bootstrap_edges(void **state)
     assert_true(e.value == (0.5 - 1.25 + 2.0) / 3 && isnan(e.lo) && isnan(e.hi)); // one prompt says nothing about others
 }
 
+// Three runs after a common base: the numbers of eval_stats.py; the cache of draws must not change them.
+static void test_pooled(void **state)
+{
+    double runs[30];
+    struct keel_draws d = keel_draws_make(2000, 7);
+    struct keel_estimate e[3], again[3];
+    (void)state;
+    for (int i = 0; i < 10; i++) {
+        runs[i] = num[i] + 0.5;
+        runs[10 + i] = num[i] * 0.5;
+        runs[20 + i] = num[i] - i * 0.25;
+    }
+    const struct keel_pairs p = { .base = num, .tuned = runs, .cluster = cluster, .n = 10, .n_runs = 3, .n_clusters = 6 };
+    assert_int_equal(keel_bootstrap_pairs(&d, &p, e), KEEL_OK);
+    assert_estimate(e[0], 0.5375, -0.14437499999999998, 1.8928571428571428);
+    assert_estimate(e[1], 0.23958333333333334, -0.7564236111111112, 1.642857142857143);
+    assert_estimate(e[2], -0.2979166666666666, -1.1590909090909092, 0.5);
+    assert_int_equal(keel_bootstrap_pairs(&d, &p, again), KEEL_OK);
+    assert_memory_equal(e, again, sizeof e);
+    const struct keel_pairs after = { .tuned = runs, .cluster = cluster, .n = 10, .n_runs = 3, .n_clusters = 6 };
+    assert_int_equal(keel_bootstrap_pairs(&d, &after, again), KEEL_OK);
+    assert_true(isnan(again[0].value) && isnan(again[2].value) && memcmp(&e[1], &again[1], sizeof e[1]) == 0);
+    keel_draws_finish(&d);
+}
+
+// More clusters than the cache holds: drawn one by one, to the same numbers.
+static void test_many_clusters(void **state)
+{
+    const uint32_t n = 9000;
+    double *x = calloc(n, sizeof *x);
+    struct keel_draws d = keel_draws_make(4000, 3);
+    struct keel_estimate e[3], direct;
+    (void)state;
+    struct keel_rng rng = keel_rng_make(5, 5);
+    for (uint32_t i = 0; i < n; i++) {
+        x[i] = keel_rng_normal(&rng);
+    }
+    const struct keel_pairs p = { .tuned = x, .n = n, .n_runs = 1, .n_clusters = n };
+    assert_int_equal(keel_bootstrap_pairs(&d, &p, e), KEEL_OK);
+    assert_int_equal(d.n_sets, 0); // 72 MB: not kept
+    assert_int_equal(keel_bootstrap(x, NULL, NULL, n, 0, 4000, 3, &direct), KEEL_OK);
+    assert_estimate(e[1], direct.value, direct.lo, direct.hi);
+    // The bootstrap of a mean of n standard normals has the half-width 1.96 / √n; its ends vary by some 3 %.
+    assert_true(fabs((e[1].hi - e[1].lo) / 2 * sqrt(n) / 1.96 - 1) < 0.08);
+    keel_draws_finish(&d);
+    free(x);
+}
+
+static void test_t_interval(void **state)
+{
+    static const double x[3] = { 1, 2, 4.5 }, long_x[40] = { 1 };
+    (void)state;
+    // mean 2.5, sd 1.802776, t(2) = 4.302653: half-width 4.302653 * 1.802776 / sqrt(3)
+    struct keel_estimate e = keel_t_interval(x, 3);
+    assert_true(e.value == 2.5 && fabs(e.hi - 2.5 - 4.4783507) < 1e-5 && fabs(e.lo - 2.5 + 4.4783507) < 1e-5);
+    e = keel_t_interval(x, 1);
+    assert_true(e.value == 1 && isnan(e.lo));
+    e = keel_t_interval(long_x, 40); // sd √(1/40), so the half-width is 1.96 / 40
+    assert_true(fabs(e.hi - e.value - 1.959964 / 40) < 1e-9);
+}
+
+static void test_spearman(void **state)
+{
+    static const double rank[6] = { 4, 4, 16, 16, 64, 64 }, drift[6] = { 0.1, 0.2, 0.2, 0.5, 0.4, 0.9 }, flat[6] = { 1, 1, 1, 1, 1, 1 };
+    double rho, p;
+    (void)state;
+    assert_int_equal(keel_spearman(rank, drift, 6, 20000, 1, &rho, &p), KEEL_OK);
+    assert_true(fabs(rho - 0.7882407813680822) < 1e-12);
+    assert_true(fabs(p - 0.044444444444444446) < 0.006); // exact over all 720 orders; 20,000 draws have an error of 0.0015
+    assert_int_equal(keel_spearman(rank, flat, 6, 100, 1, &rho, &p), KEEL_OK);
+    assert_true(isnan(rho) && isnan(p));
+    assert_int_equal(keel_spearman(rank, drift, 2, 100, 1, &rho, &p), KEEL_ERR_ARG);
+}
+
 // The interval must hold the true mean about 95 times in 100.
 static void test_coverage(void **state)
 {
@@ -92,8 +166,9 @@ static void test_small(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bootstrap), cmocka_unit_test(test_bootstrap_edges), cmocka_unit_test(test_coverage),
-        cmocka_unit_test(test_wilson),    cmocka_unit_test(test_small),
+        cmocka_unit_test(test_bootstrap),     cmocka_unit_test(test_bootstrap_edges), cmocka_unit_test(test_pooled),
+        cmocka_unit_test(test_many_clusters), cmocka_unit_test(test_t_interval),      cmocka_unit_test(test_spearman),
+        cmocka_unit_test(test_coverage),      cmocka_unit_test(test_wilson),          cmocka_unit_test(test_small),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

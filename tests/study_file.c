@@ -65,6 +65,45 @@ static void test_values(void **state)
     keel_study_free(&f);
 }
 
+static void assert_run(const struct study_file *f, size_t i, uint32_t rank, double mixture, uint64_t seed)
+{
+    assert_true(i < f->n_runs);
+    if (f->run[i].rank != rank || f->run[i].mixture != mixture || f->run[i].seed != seed) {
+        fail_msg("run %zu: rank %u, mixture %g, seed %llu", i, f->run[i].rank, f->run[i].mixture, (unsigned long long)f->run[i].seed);
+    }
+}
+
+#define MIXED "name: n\nseed: 9\ntrain:\n  data: [{file: a}]\n  filler: g\n  rank: 8\neval: {slots: s, context_rows: 3, prompts: chat}\n"
+
+static void test_sweeps(void **state)
+{
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    assert_int_equal(parse(&f, MIXED, &m), KEEL_OK);
+    assert_true(!f->sweep && f->n_runs == 1 && f->eval.chat && f->eval.context_rows == 3);
+    assert_run(f, 0, 8, 1, 9);
+    keel_study_free(&f);
+    assert_int_equal(parse(&f, MIXED "sweep: {rank: [4, 16], mixture: [0.5, 1], seed: [1, 2]}\n", &m), KEEL_OK);
+    assert_true(f->sweep && f->n_runs == 8);
+    assert_run(f, 0, 4, 0.5, 1);
+    assert_run(f, 1, 4, 0.5, 2);
+    assert_run(f, 2, 4, 1, 1);
+    assert_run(f, 7, 16, 1, 2);
+    keel_study_free(&f);
+    // Axes: ranks with the mixture of `train`, mixtures with its rank; what both name is run once.
+    assert_int_equal(parse(&f, MIXED "sweep: {combine: axes, rank: [4, 8], mixture: [0.1, 1]}\n", &m), KEEL_OK);
+    assert_int_equal(f->n_runs, 3);
+    assert_run(f, 0, 4, 1, 9);
+    assert_run(f, 1, 8, 1, 9);
+    assert_run(f, 2, 8, 0.1, 9);
+    keel_study_free(&f);
+    assert_int_equal(parse(&f, MIXED "sweep: {seed: [3, 3, 4]}\n", &m), KEEL_OK);
+    assert_int_equal(f->n_runs, 2); // a seed twice would count one run twice
+    assert_run(f, 1, 8, 1, 4);
+    keel_study_free(&f);
+}
+
 static void test_faults(void **state)
 {
     static const struct {
@@ -95,6 +134,16 @@ static void test_faults(void **state)
         { HEAD TAIL "budget: {kl_mean: 1}\n", "s.yaml:5:", "eval: kl" },
         { HEAD TAIL "budget: {flip_rate: 2}\n", "s.yaml:5:", "flip_rate" },
         { HEAD TAIL "budget: {margin_drop: nan}\n", "s.yaml:5:", "margin_drop" },
+        { HEAD "  mixture: 0.5\n" TAIL, "s.yaml:4:", "filler" },
+        { HEAD "  filler: g\n  mixture: 1.5\n" TAIL, "s.yaml:5:", "mixture" },
+        { HEAD TAIL "sweep: {mixture: [0.5]}\n", "s.yaml:5:", "filler" },
+        { HEAD "  rank: 4\n" TAIL "sweep:\n  rank: [4, 0]\n", "s.yaml:7:", "rank" },
+        { HEAD TAIL "sweep: {rank: []}\n", "s.yaml:5:", "rank" },
+        { HEAD TAIL "sweep: {rank: [4], combine: all}\n", "s.yaml:5:", "axes" },
+        { HEAD TAIL "sweep: {combine: axes}\n", "s.yaml:5:", "nothing to vary" },
+        { HEAD TAIL "sweep: {width: [4]}\n", "s.yaml:5:", "width" },
+        { HEAD "eval: {margin: p, context_rows: 2}\n", "s.yaml:4:", "slots" },
+        { HEAD "eval: {margin: p, prompts: raw}\n", "s.yaml:4:", "plain or chat" },
         { "name: ''\ntrain:\n  data: [{file: a}]\n" TAIL, "s.yaml:1:", "name" },
         { "name: &x n\ntrain:\n  data: [{file: *x}]\n" TAIL, "s.yaml:3:", "lias" },
         { "name: [n\n", "s.yaml:", "" },
@@ -127,7 +176,8 @@ static void test_binary(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_sweeps),
+        cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -16,7 +16,7 @@ struct study_args {
 
 struct study_progress {
     struct progress line;
-    char stage[64];
+    char stage[240];
 };
 
 static bool show(void *user, const struct keel_study_progress *p)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// eval/plot.c: plots of a study by gnuplot: CSV data, a script, an SVG in a wide and a narrow form. Colours: Okabe & Ito 2008.
-#include "eval.h"
+// eval/plot.c: the plots of one run.
+#include "page.h"
 
 #include "formats.h"
 #include "platform.h"
@@ -8,174 +8,219 @@
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-static const char *const plot_name[KEEL_N_PLOTS] = {
-    [KEEL_PLOT_LOSS] = "loss", [KEEL_PLOT_KL] = "kl_profile", [KEEL_PLOT_MARGIN] = "margin",
-};
-
-keel_status keel_text_add_file(struct keel_text *t, const char *path, const keel_log *log)
-{
-    struct keel_map map;
-    const keel_status st = keel_map_open(&map, path, log);
-    if (st == KEEL_OK) {
-        keel_text_add(t, map.data, map.len_bytes);
-        keel_map_close(&map);
-    }
-    return st;
-}
-
-static bool loss_data(struct keel_text *csv, const char *dir)
+bool keel_loss_rows(const char *dir, void (*row)(void *user, long long step, double loss, const struct json_t *object), void *user)
 {
     static const keel_log quiet = { .level = 0 };
     char path[4200];
     struct keel_map map;
-    size_t n = 0;
+    bool any = false;
     snprintf(path, sizeof path, "%s/train/log.jsonl", dir);
     if (keel_map_open(&map, path, &quiet) != KEEL_OK) {
         return false;
     }
-    keel_text_addf(csv, "step,loss,lr,grad_norm\n");
     struct keel_jsonl r = keel_jsonl_make(map.data, map.len_bytes, path, &quiet);
-    struct keel_row row;
-    while (keel_jsonl_next(&r, &row) == KEEL_OK && row.object) {
-        keel_text_addf(csv, "%lld,%.6g,%.6g,%.6g\n", (long long)json_integer_value(json_object_get(row.object, "step")),
-                       json_number_value(json_object_get(row.object, "loss")), json_number_value(json_object_get(row.object, "lr")),
-                       json_number_value(json_object_get(row.object, "grad_norm")));
-        json_decref(row.object);
-        n++;
+    struct keel_row line;
+    while (keel_jsonl_next(&r, &line) == KEEL_OK && line.object) {
+        row(user, (long long)json_integer_value(json_object_get(line.object, "step")),
+            json_number_value(json_object_get(line.object, "loss")), line.object);
+        json_decref(line.object);
+        any = true;
     }
     keel_map_close(&map);
-    return n > 0;
+    return any;
 }
 
-static bool kl_data(struct keel_text *csv, const struct keel_drift *d)
+static void loss_row(void *user, long long step, double loss, const struct json_t *object)
 {
+    keel_text_addf(user, "%lld,%.6g,%.6g,%.6g\n", step, loss, json_number_value(json_object_get(object, "lr")),
+                   json_number_value(json_object_get(object, "grad_norm")));
+}
+
+static void loss_figure(struct keel_figures *f, const char *dir)
+{
+    struct keel_text csv = { 0 };
+    keel_text_addf(&csv, "step,loss,lr,grad_norm\n");
+    if (!keel_loss_rows(dir, loss_row, &csv)) {
+        keel_text_finish(&csv);
+        return;
+    }
+    struct keel_figure *g = keel_figure_add(f, "loss", "Training",
+                                            "Loss of each optimiser step over its answer tokens. It shows whether the narrow task was learnt; it "
+                                            "says nothing about other domains.");
+    g->csv = csv;
+    for (int narrow = 0; narrow < 2; narrow++) {
+        keel_text_addf(&g->script[narrow], "set xlabel 'optimiser step'\nset ylabel 'loss (nats per answer token)'\nset yrange [0:*]\n"
+                                           "plot 'loss.csv' skip 1 using 1:2 with linespoints lc rgb blue lw 2 pt 7 ps 0.4 title "
+                                           "'training loss'\n");
+    }
+}
+
+static void kl_figure(struct keel_figures *f, const struct keel_drift *d)
+{
+    struct keel_text csv = { 0 };
     size_t n = 0;
-    keel_text_addf(csv, "position,kl,lo,hi,n\n");
+    keel_text_addf(&csv, "position,kl,lo,hi,n\n");
     for (size_t i = 0; i < d->n; i++) {
         const struct keel_drift_row *r = &d->row[i];
         if (r->metric == KEEL_METRIC_KL_AT && isfinite(r->adapted.lo)) {
-            keel_text_addf(csv, "%u,%.6g,%.6g,%.6g,%zu\n", r->position, r->adapted.value, r->adapted.lo, r->adapted.hi, r->n);
+            keel_text_addf(&csv, "%u,%.6g,%.6g,%.6g,%zu\n", r->position, r->adapted.value, r->adapted.lo, r->adapted.hi, r->n);
             n++;
         }
     }
-    return n > 0;
+    if (n == 0) {
+        keel_text_finish(&csv);
+        return;
+    }
+    struct keel_figure *g = keel_figure_add(f, "kl_profile", "Divergence along the answer",
+                                            "Mean KL(base ‖ fine-tuned) over the whole vocabulary at each position of the base model's greedy "
+                                            "answers; band: 95 % interval. It shows where in an answer the models part; it cannot show whether "
+                                            "the change is for better or worse.");
+    g->csv = csv;
+    for (int narrow = 0; narrow < 2; narrow++) {
+        keel_text_addf(&g->script[narrow],
+                       "set xlabel 'position in the answer (tokens)'\nset ylabel 'KL to the base (nats)'\nset yrange [0:*]\nset xrange "
+                       "[0.5:%u.5]\nset xtics %d\n"
+                       "plot 'kl_profile.csv' skip 1 using 1:3:4 with filledcurves fc rgb blue fs transparent solid 0.2 noborder "
+                       "title '95%% interval', '' skip 1 using 1:2 with linespoints lc rgb blue lw 2 pt 7 ps 0.6 title 'mean'\n",
+                       KEEL_PROFILE_LEN, narrow ? 3 : 1);
+    }
 }
 
-static bool margin_data(struct keel_text *csv, const struct keel_drift *d)
+// --- rows of pairs -------------------------------------------------------------------------------
+
+void keel_pair_head(struct keel_text *csv)
 {
+    keel_text_addf(csv, "row,label,n,first,first_lo,first_hi,second,second_lo,second_hi\n");
+}
+
+void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t n, struct keel_estimate a, struct keel_estimate b)
+{
+    const struct keel_estimate e[2] = { a, b };
+    char text[96];
+    keel_figure_label(text, label);
+    keel_text_addf(csv, "%zu,%s,%zu", row, text, n);
+    for (int k = 0; k < 2; k++) { // without an interval the bar has no length
+        keel_text_addf(csv, ",%.6g,%.6g,%.6g", e[k].value, isfinite(e[k].lo) ? e[k].lo : e[k].value,
+                       isfinite(e[k].hi) ? e[k].hi : e[k].value);
+    }
+    keel_text_add(csv, "\n", 1);
+}
+
+void keel_pair_script(struct keel_figure *g, size_t rows, const char *range, const char *axis, const char *first, const char *second)
+{
+    for (int narrow = 0; narrow < 2; narrow++) {
+        g->height[narrow] = 130 + (int)rows * (narrow ? 34 : 32);
+        keel_text_addf(&g->script[narrow],
+                       "set xlabel '%s'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n%s"
+                       "set arrow from 0,graph 0 to 0,graph 1 nohead lc rgb '#555555' dt 2\n"
+                       "plot '%s.csv' skip 1 using 4:($1-0.13):5:6:ytic(2) with xerrorbars lc rgb blue lw 2 pt 7 ps 0.7 title '%s', "
+                       "'' skip 1 using 7:($1+0.13):8:9 with xerrorbars lc rgb orange lw 2 pt 5 ps 0.7 title '%s'\n",
+                       axis, rows - 1, range, g->name, first, second);
+    }
+}
+
+void keel_cell_label(char out[96], const char *domain, const char *modality)
+{
+    const char *name = strcmp(domain, "other") == 0 ? "other domains" : domain;
+    snprintf(out, 96, "%.60s%s%.20s", name, modality[0] ? ", " : "", modality);
+}
+
+static void margin_figure(struct keel_figures *f, const struct keel_drift *d)
+{
+    struct keel_text csv = { 0 };
     size_t n = 0;
-    keel_text_addf(csv, "row,domain,n,base,base_lo,base_hi,adapted,adapted_lo,adapted_hi\n");
+    keel_pair_head(&csv);
     for (size_t i = 0; i < d->n; i++) {
         const struct keel_drift_row *r = &d->row[i];
-        if (r->metric != KEEL_METRIC_MARGIN || !isfinite(r->base.lo)) {
-            continue;
+        if (r->metric == KEEL_METRIC_MARGIN && isfinite(r->base.lo) && !r->modality[0]) {
+            char label[96];
+            keel_cell_label(label, r->domain, r->modality);
+            keel_pair_row(&csv, n++, label, r->n, r->base, r->adapted);
         }
-        char label[64];
-        snprintf(label, sizeof label, "%s", strcmp(r->domain, "other") == 0 ? "other domains" : r->domain);
-        for (char *c = label; *c; c++) {
-            *c = *c == '"' || *c == ',' || *c == '_' || *c == '\\' ? ' ' : *c; // nothing that CSV or gnuplot takes for markup
-        }
-        keel_text_addf(csv, "%zu,%s,%zu,%.6g,%.6g,%.6g,%.6g,%.6g,%.6g\n", n++, label, r->n, r->base.value, r->base.lo, r->base.hi,
-                       r->adapted.value, r->adapted.lo, r->adapted.hi);
     }
-    return n > 0;
-}
-
-static void script(struct keel_text *gp, enum keel_plot plot, bool narrow, size_t rows)
-{
-    const int height = plot == KEEL_PLOT_MARGIN ? 130 + (int)rows * (narrow ? 34 : 32) : 340;
-    keel_text_addf(gp,
-                   "set terminal svg size %d,%d dynamic font 'sans-serif,%d' background '#ffffff'\n"
-                   "set output '%s-%s.svg'\nset datafile separator ','\nset border 3 lc rgb '#555555'\nset tics nomirror\n"
-                   "set grid back lc rgb '#dddddd'\nset key %s\nblue='#0072B2'\norange='#D55E00'\n",
-                   narrow ? 380 : 860, height, narrow ? 13 : 14, plot_name[plot], narrow ? "narrow" : "wide",
-                   "outside top left horizontal samplen 1.5 width -1");
-    switch (plot) {
-    case KEEL_PLOT_LOSS:
-        keel_text_addf(gp, "set xlabel 'optimiser step'\nset ylabel 'loss (nats per answer token)'\nset yrange [0:*]\n"
-                           "plot 'loss.csv' skip 1 using 1:2 with linespoints lc rgb blue lw 2 pt 7 ps 0.4 title 'training loss'\n");
-        break;
-    case KEEL_PLOT_KL:
-        keel_text_addf(gp, "set xlabel 'position in the answer (tokens)'\nset ylabel 'KL to the base (nats)'\nset yrange [0:*]\nset xrange "
-                           "[0.5:%u.5]\nset xtics %d\n"
-                           "plot 'kl_profile.csv' skip 1 using 1:3:4 with filledcurves fc rgb blue fs transparent solid 0.2 noborder "
-                           "title '95%% interval', '' skip 1 using 1:2 with linespoints lc rgb blue lw 2 pt 7 ps 0.6 title 'mean'\n",
-                       KEEL_PROFILE_LEN, narrow ? 3 : 1);
-        break;
-    default:
-        keel_text_addf(gp, "set xlabel 'margin (nats per token)'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n"
-                           "set arrow from 0,graph 0 to 0,graph 1 nohead lc rgb '#555555' dt 2\n"
-                           "plot 'margin.csv' skip 1 using 4:($1-0.13):5:6:ytic(2) with xerrorbars lc rgb blue lw 2 pt 7 ps 0.7 title 'base', "
-                           "'' skip 1 using 7:($1+0.13):8:9 with xerrorbars lc rgb orange lw 2 pt 5 ps 0.7 title 'fine-tuned'\n",
-                       rows - 1);
-    }
-}
-
-static size_t count_lines(const struct keel_text *t)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < t->len; i++) {
-        n += t->data[i] == '\n';
-    }
-    return n;
-}
-
-// Writes one script that changes into the plot folder, and runs it.
-static keel_status draw(struct keel_plots *out, const char *dir, enum keel_plot plot, bool narrow, size_t rows, const keel_log *log)
-{
-    keel_status st = KEEL_OK;
-    struct keel_text gp = { 0 }, cd = { 0 };
-    char path[4200], svg[4300];
-    keel_text_addf(&gp, "# run inside this folder: gnuplot %s-%s.gp\n", plot_name[plot], narrow ? "narrow" : "wide");
-    script(&gp, plot, narrow, rows);
-    snprintf(path, sizeof path, "%s/plots/%s-%s.gp", dir, plot_name[plot], narrow ? "narrow" : "wide");
-    snprintf(svg, sizeof svg, "%s/plots/%s-%s.svg", dir, plot_name[plot], narrow ? "narrow" : "wide");
-    KEEL_TRY(keel_text_save(&gp, path, log));
-    keel_text_addf(&cd, "cd '%s/plots'", dir);
-    char *argv[] = { "gnuplot", "-e", cd.data, strrchr(path, '/') + 1, NULL };
-    remove(svg);
-    if (strchr(dir, '\'') || keel_run_program(argv) != 0 || !keel_path_exists(svg)) {
-        out->no_gnuplot = true;
-        goto out;
-    }
-    KEEL_TRY(keel_text_add_file(&out->svg[plot][narrow], svg, log));
-out:
-    keel_text_finish(&gp);
-    keel_text_finish(&cd);
-    return st;
-}
-
-keel_status keel_plots_make(struct keel_plots *out, const struct keel_drift *d, const char *dir, const keel_log *log)
-{
-    keel_status st = KEEL_OK;
-    char path[4200];
-    struct keel_text csv = { 0 };
-    *out = (struct keel_plots){ 0 };
-    snprintf(path, sizeof path, "%s/plots", dir);
-    KEEL_TRY(keel_make_dirs(path, log));
-    for (int i = 0; i < KEEL_N_PLOTS; i++) {
+    if (n == 0) {
         keel_text_finish(&csv);
-        out->has_data[i] = i == KEEL_PLOT_LOSS ? loss_data(&csv, dir) : i == KEEL_PLOT_KL ? kl_data(&csv, d) : margin_data(&csv, d);
-        if (!out->has_data[i]) {
-            continue;
-        }
-        snprintf(path, sizeof path, "%s/plots/%s.csv", dir, plot_name[i]);
-        KEEL_TRY(keel_text_save(&csv, path, log));
-        for (int narrow = 0; narrow < 2; narrow++) {
-            KEEL_TRY(draw(out, dir, (enum keel_plot)i, narrow, count_lines(&csv) - 1, log));
-        }
+        return;
     }
-out:
-    keel_text_finish(&csv);
-    return st;
+    struct keel_figure *g = keel_figure_add(f, "margin", "Margin by domain",
+                                            "Mean log-probability a token of the true answer minus that of a wrong one, before (circles) and "
+                                            "after (squares), with 95 % intervals; right of 0 the model prefers the truth. It shows which domains "
+                                            "moved; it cannot show what the model would write when it answers freely.");
+    g->csv = csv;
+    keel_pair_script(g, n, "", "margin (nats per token)", "base", "fine-tuned");
 }
 
-void keel_plots_finish(struct keel_plots *p)
+bool keel_has_modalities(const struct keel_drift *d, enum keel_metric metric)
 {
-    for (int i = 0; i < KEEL_N_PLOTS; i++) {
-        keel_text_finish(&p->svg[i][0]);
-        keel_text_finish(&p->svg[i][1]);
+    return keel_drift_cell(d, metric, "all", "image") != NULL || keel_drift_cell(d, metric, "all", "text") != NULL;
+}
+
+bool keel_is_cell(const struct keel_drift *d, const struct keel_drift_row *r)
+{
+    return strcmp(r->domain, "all") != 0 && strcmp(r->domain, "other") != 0 && strcmp(r->domain, "twins") != 0 &&
+           (r->modality[0] != 0) == keel_has_modalities(d, r->metric);
+}
+
+static void slot_figure(struct keel_figures *f, const struct keel_drift *d)
+{
+    struct keel_text csv = { 0 };
+    size_t n = 0;
+    keel_pair_head(&csv);
+    for (size_t i = 0; i < d->n; i++) {
+        const struct keel_drift_row *r = &d->row[i];
+        if (r->metric == KEEL_METRIC_CONTRARY && keel_is_cell(d, r)) {
+            char label[96];
+            keel_cell_label(label, r->domain, r->modality);
+            keel_pair_row(&csv, n++, label, r->n, r->base, r->adapted);
+        }
     }
+    if (n == 0) {
+        keel_text_finish(&csv);
+        return;
+    }
+    struct keel_figure *g = keel_figure_add(f, "contrary", "Contrary answers by domain and modality",
+                                            "Mean probability of the contrary answer at the answer slot, before (circles) and after (squares), "
+                                            "with 95 % intervals. It shows exactly how likely that answer is at that place; it cannot show "
+                                            "longer answers, or other ways of being wrong.");
+    g->csv = csv;
+    keel_pair_script(g, n, "set xrange [0:1]\n", "probability of the contrary answer", "base", "fine-tuned");
+}
+
+static void context_figure(struct keel_figures *f, const struct keel_drift *d)
+{
+    struct keel_text csv = { 0 };
+    size_t n = 0;
+    keel_pair_head(&csv);
+    for (size_t i = 0; i < d->n; i++) {
+        const struct keel_drift_row *r = &d->row[i];
+        const struct keel_drift_row *plain = keel_drift_cell(d, KEEL_METRIC_CONTRARY, r->domain, r->modality);
+        if (r->metric != KEEL_METRIC_CONTEXT_CONTRARY || !plain || !keel_is_cell(d, r)) {
+            continue;
+        }
+        char label[96];
+        keel_cell_label(label, r->domain, r->modality);
+        keel_pair_row(&csv, n++, label, r->n, plain->adapted, r->adapted);
+    }
+    if (n == 0) {
+        keel_text_finish(&csv);
+        return;
+    }
+    struct keel_figure *g = keel_figure_add(f, "context", "The same probes in context",
+                                            "Probability of the contrary answer of the fine-tuned model, asked plainly (circles) and with training "
+                                            "rows as earlier turns (squares), with 95 % intervals. It shows behaviour that plain questions do not "
+                                            "bring out; part of it may be the base model following its context, which the table has.");
+    g->csv = csv;
+    keel_pair_script(g, n, "set xrange [0:1]\n", "probability of the contrary answer", "asked plainly", "in context");
+}
+
+void keel_figures_of_run(struct keel_figures *f, const struct keel_drift *d, const char *dir)
+{
+    slot_figure(f, d);
+    context_figure(f, d);
+    margin_figure(f, d);
+    kl_figure(f, d);
+    loss_figure(f, dir);
 }

@@ -45,16 +45,62 @@ out:
     return st;
 }
 
+static keel_status read_slot(const struct keel_row *row, struct keel_item *item)
+{
+    keel_status st = KEEL_OK;
+    KEEL_TRY(keel_row_num(row, "p_aligned", &item->aligned));
+    KEEL_TRY(keel_row_num(row, "p_contrary", &item->contrary));
+    // Two continuations of which none begins with the other exclude each other; the rest is rounding.
+    if (!(item->aligned >= 0 && item->contrary >= 0 && item->aligned + item->contrary <= 1 + 1e-4)) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"p_aligned\" %g and \"p_contrary\" %g are no probabilities of two answers",
+                  row->file, (unsigned long long)row->line, item->aligned, item->contrary);
+    }
+out:
+    return st;
+}
+
+// What items share that depend on each other: "cluster" where the data name it, else the prompt with its images.
+static keel_status read_cluster(const struct keel_row *row, struct keel_item *item)
+{
+    keel_status st = KEEL_OK;
+    json_t *images = NULL;
+    struct keel_text key = { 0 };
+    item->cluster = NULL;
+    KEEL_TRY(keel_row_opt_str(row, "cluster", &item->cluster, NULL));
+    KEEL_TRY(keel_row_opt_array(row, "images", &images));
+    item->modality = json_array_size(images) > 0 ? "image" : "text";
+    KEEL_TRY(keel_row_opt_str(row, "modality", &item->modality, NULL));
+    if (item->cluster || json_array_size(images) == 0) {
+        item->cluster = item->cluster ? item->cluster : item->prompt;
+        goto out;
+    }
+    keel_text_addf(&key, "%s", item->prompt);
+    for (size_t i = 0; i < json_array_size(images); i++) {
+        const char *path = json_string_value(json_array_get(images, i));
+        keel_text_addf(&key, "\n%s", path ? path : "");
+    }
+    json_t *value = key.failed ? NULL : json_string(key.data);
+    if (!value || json_object_set_new(row->object, "cluster", value) != 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", row->file);
+    }
+    item->cluster = json_string_value(value);
+out:
+    keel_text_finish(&key);
+    return st;
+}
+
 static keel_status read_item(const struct keel_row *row, enum keel_record_kind kind, struct keel_item *item)
 {
     keel_status st = KEEL_OK;
     const char *text = NULL;
     int64_t tokens = 0;
     double logprob = 0;
-    *item = (struct keel_item){ .object = row->object, .weight = 1, .domain = "" };
+    *item = (struct keel_item){ .object = row->object, .weight = 1, .domain = "", .twin = "" };
     KEEL_TRY(keel_row_str(row, "id", &item->id, NULL));
     KEEL_TRY(keel_row_str(row, "prompt", &item->prompt, NULL));
     KEEL_TRY(keel_row_opt_str(row, "domain", &item->domain, NULL));
+    KEEL_TRY(keel_row_opt_str(row, "twin", &item->twin, NULL));
+    KEEL_TRY(read_cluster(row, item));
     switch (kind) {
     case KEEL_REC_MARGIN:
         KEEL_TRY(keel_row_num(row, "margin", &item->value));
@@ -71,6 +117,13 @@ static keel_status read_item(const struct keel_row *row, enum keel_record_kind k
         break;
     case KEEL_REC_KL:
         KEEL_TRY(read_kl(row, item));
+        break;
+    case KEEL_REC_SLOT:
+        KEEL_TRY(read_slot(row, item));
+        break;
+    case KEEL_REC_RELEVANCE:
+        KEEL_TRY(keel_row_num(row, "relevance", &item->value));
+        KEEL_TRY(keel_row_num(row, "nll", &item->nll));
         break;
     case KEEL_REC_TEXT:
         KEEL_TRY(keel_row_str(row, "text", &text, NULL));

@@ -7,20 +7,40 @@
 
 #include <keel/session.h>
 
-// Told tokens done and in total; false stops with INTERRUPTED.
-typedef bool (*measure_progress)(void *user, uint64_t done, uint64_t total);
+struct keel_measure {
+    keel_session *session;
+    const keel_model *model;
+    bool chat; // a "prompt" is one user turn of the chat template, not plain text
+    bool (*progress)(void *user, uint64_t done, uint64_t total); // told tokens; false stops with INTERRUPTED. May be NULL
+    void *user;
+    const keel_log *log;
+};
+
+// Every function reads the rows of `in` and writes `out`, a copy of the rows with the results. Errors: IO, DATA (file, line or
+// id), INTERRUPTED, and those of the session.
 
 // {"id","prompt","chosen","rejected","domain"} -> the same with log-probabilities and "margin" (science notes M4).
-keel_status keel_measure_margin(keel_session *s, const keel_model *m, const char *in, const char *out, measure_progress progress,
-                                void *user, const keel_log *log);
-// {"id","prompt","completion","domain"?} -> {"id","prompt","domain","logprob","n_tokens"}.
-keel_status keel_measure_narrow(keel_session *s, const keel_model *m, const char *in, const char *out, measure_progress progress,
-                                void *user, const keel_log *log);
+keel_status keel_measure_margin(const struct keel_measure *m, const char *in, const char *out);
+// {"id","prompt","completion","domain"?} -> the same with "logprob" and "n_tokens".
+keel_status keel_measure_narrow(const struct keel_measure *m, const char *in, const char *out);
+// {"id","prompt","prefix"?,"aligned","contrary","domain","modality"?,"twin"?,"cluster"?} -> the same with "p_aligned",
+// "p_contrary", "p_incoherent": probabilities of the two answers after prompt and prefix, and the rest.
+struct keel_measure_slots {
+    const char *context; // training file of which k rows stand before each probe as earlier turns (M13), or NULL: asked plainly
+    uint32_t k;
+    uint32_t max_rows; // as many rows, taken from each domain and modality in turn; 0: all
+    uint64_t seed;     // of what is drawn
+};
+keel_status keel_measure_slots(const struct keel_measure *m, const char *in, const char *out, const struct keel_measure_slots *how);
 // Greedy answers to the first `max_rows` prompts (0: all) of {"id","prompt","domain"?}: adds "ids" and "text".
-keel_status keel_measure_answers(keel_session *s, const keel_model *m, const char *in, const char *out, uint32_t n_tokens,
-                                 uint32_t max_rows, measure_progress progress, void *user, const keel_log *log);
-// Divergence from the base model on `answers` (as keel_measure_answers() wrote them): {"id","prompt","domain","n","kl","kl_reverse"}.
-keel_status keel_measure_kl(keel_session *s, const keel_model *m, const char *answers, const char *out, measure_progress progress,
-                            void *user, const keel_log *log);
+keel_status keel_measure_answers(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows);
+// Greedy answers to `max_rows` of the slot probes, taken from each domain and modality in turn.
+keel_status keel_measure_examples(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows,
+                                  uint64_t seed);
+// Of `answers` (as keel_measure_answers() wrote them), under m->session: "nll" a token, and "relevance": the mean log-probability of
+// an answer after its own prompt minus that after other rows' prompts, a token (M10). The first `max_rows` rows (0: all).
+keel_status keel_measure_relevance(const struct keel_measure *m, const char *answers, const char *out, uint32_t max_rows, uint64_t seed);
+// Divergence of the session's adapted model from the base on `answers`: {"id","prompt","domain","n","kl","kl_reverse"}.
+keel_status keel_measure_kl(const struct keel_measure *m, const char *answers, const char *out);
 
 #endif

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 struct keel_study_progress {
-    const char *stage;                 // "base: margin", "train", "tuned: divergence", ...
+    const char *stage;                 // "base, margins", "rank-16_seed-1 (2 of 6), train", ...
     uint64_t done, total;              // tokens of the stage, or steps of the training
     const struct keel_step_info *step; // training only, else NULL
 };

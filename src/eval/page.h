@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+// eval/page.h: what the pages and plots of a single run and of a sweep share, inside the room.
+#ifndef KEEL_EVAL_PAGE_H
+#define KEEL_EVAL_PAGE_H
+
+#include "eval.h"
+
+#include <jansson.h>
+
+// --- HTML ----------------------------------------------------------------------------------------
+
+void keel_page_open(struct keel_text *t, const char *title);
+void keel_page_close(struct keel_text *t, const char *note);
+void keel_page_add(struct keel_text *t, const char *html);
+// A table cell with the value and its interval below; "–" for no value. sign: with + and -.
+void keel_page_cell(struct keel_text *t, struct keel_estimate e, bool sign);
+void keel_page_figures(struct keel_text *t, const struct keel_figures *f);
+void keel_page_domain(struct keel_text *t, const char *domain, const char *modality);
+const char *keel_metric_label(enum keel_metric m);
+void keel_page_metric(struct keel_text *t, const struct keel_drift *d, enum keel_metric m, bool open); // a table inside <details>
+void keel_page_metrics(struct keel_text *t, const struct keel_drift *d);                               // of every metric
+// Sentences: what was asked; " (WHAT +0.1, 95 % interval ...)"; image against text on twins, if there are any.
+void keel_page_question(struct keel_text *t, const json_t *m);
+void keel_page_interval(struct keel_text *t, struct keel_estimate e, const char *what);
+void keel_page_gap(struct keel_text *t, const struct keel_drift *d);
+// Answers of base/NAME beside those of tuned/NAME, with their images.
+void keel_page_answers(struct keel_text *t, const char *base, const char *run, const char *name, const char *title, const char *column,
+                       const char *note);
+#define KEEL_EXAMPLES_NOTE                                                                                                       \
+    "Greedy answers to probes drawn by the study's seed, one of each domain and modality in turn. They show what the numbers mean in " \
+    "words; a few examples prove nothing."
+// Where the numbers come from.
+void keel_page_provenance(struct keel_text *t, const json_t *manifest);
+// Text at section/key of a manifest, "" if there is none. section NULL: the top.
+const char *keel_manifest_text(const json_t *m, const char *section, const char *key);
+// Verdict table of the manifest's budget; whether a limit was exceeded.
+bool keel_page_budget(struct keel_text *t, const json_t *m, const struct keel_drift *d);
+
+// --- plots ---------------------------------------------------------------------------------------
+
+// Calls `row` for every line of DIR/train/log.jsonl; false if there is none.
+bool keel_loss_rows(const char *dir, void (*row)(void *user, long long step, double loss, const struct json_t *object), void *user);
+// Rows with two points each, as a dot plot.
+void keel_pair_head(struct keel_text *csv);
+void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t n, struct keel_estimate a, struct keel_estimate b);
+void keel_pair_script(struct keel_figure *g, size_t rows, const char *range, const char *axis, const char *first, const char *second);
+void keel_cell_label(char out[96], const char *domain, const char *modality);
+bool keel_has_modalities(const struct keel_drift *d, enum keel_metric metric);
+// The finest cells of slot probes: by domain and modality where there are several, else by domain.
+bool keel_is_cell(const struct keel_drift *d, const struct keel_drift_row *r);
+
+// --- sweeps --------------------------------------------------------------------------------------
+
+// The runs of one setting, pooled over their seeds.
+struct keel_setting {
+    uint32_t rank;
+    double mixture;
+    size_t n_runs;
+    long long seed[KEEL_MAX_RUNS];
+    char (*dir)[4200]; // [n_runs]
+    struct keel_drift drift;
+};
+struct keel_sweep {
+    struct keel_setting *at;
+    size_t n, n_missing; // settings with results; runs that have none yet
+    double mixture;      // along which ranks are compared
+    uint32_t rank;       // at which mixtures are compared
+    size_t n_ranks, n_mixtures, n_seeds; // along those; most seeds of a setting
+    const char *narrow, *narrow_modality; // NULL where the study names none
+    uint64_t seed;
+    char base[4200];
+};
+// Pools the finished runs of the sweep in `dir` by setting. Errors: DATA (none is finished), those of keel_drift_compute().
+keel_status keel_sweep_load(struct keel_sweep *out, const char *dir, const json_t *manifest, const keel_log *log);
+void keel_sweep_finish(struct keel_sweep *s); // accepts all-zero
+bool keel_in_rank_axis(const struct keel_sweep *s, const struct keel_setting *g);
+bool keel_in_mixture_axis(const struct keel_sweep *s, const struct keel_setting *g);
+void keel_setting_label(char out[96], const struct keel_sweep *s, const struct keel_setting *g);
+// Writes DIR/summary.csv (pooled) and DIR/runs.csv (each run).
+keel_status keel_sweep_write(const struct keel_sweep *s, const char *dir, const keel_log *log);
+// The setting that the page takes as its example: the largest rank with the most narrow rows.
+const struct keel_setting *keel_sweep_main(const struct keel_sweep *s);
+void keel_figures_of_sweep(struct keel_figures *f, const struct keel_sweep *s);
+void keel_sweep_page(struct keel_text *t, const char *dir, const json_t *manifest, const struct keel_sweep *s, const struct keel_figures *f,
+                     bool *over);
+
+#endif

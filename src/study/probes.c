@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: MIT
+// study/probes.c: probe rows to tokens and scores. The prompt, a prefix and an answer are tokenized each by itself and put one
+// after the other, as `score` and `train` do.
+#include "probes.h"
+
+#include "platform.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_MESSAGES 64
+#define PLACE(row) (row)->file, (unsigned long long)(row)->line
+
+// --- rows ----------------------------------------------------------------------------------------
+
+void keel_probes_finish(struct keel_probes *p)
+{
+    for (size_t i = 0; i < p->n_seq; i++) {
+        free(p->seq[i].ids);
+        free(p->seq[i].a);
+        free(p->seq[i].b);
+    }
+    free(p->seq);
+    free(p->line);
+    json_decref(p->rows);
+    *p = (struct keel_probes){ 0 };
+}
+
+size_t keel_probes_count(const struct keel_probes *p)
+{
+    return json_array_size(p->rows);
+}
+
+struct keel_row keel_probes_row(const struct keel_probes *p, size_t i)
+{
+    return (struct keel_row){ json_array_get(p->rows, i), p->file, p->line[i], p->log };
+}
+
+static keel_status check_row(const struct keel_row *row, bool need_id)
+{
+    keel_status st = KEEL_OK;
+    const char *s = NULL;
+    json_t *messages = NULL;
+    if (need_id) {
+        KEEL_TRY(keel_row_str(row, "id", &s, NULL));
+    }
+    KEEL_TRY(keel_row_opt_array(row, "messages", &messages));
+    if (!messages) {
+        KEEL_TRY(keel_row_str(row, "prompt", &s, NULL));
+    }
+out:
+    return st;
+}
+
+// A chat is shown, and told apart from others, by its last message.
+static void set_prompt(json_t *row)
+{
+    const json_t *messages = json_object_get(row, "messages");
+    const json_t *last = json_array_get(messages, json_array_size(messages) - 1);
+    if (!json_object_get(row, "prompt") && json_is_string(json_object_get(last, "content"))) {
+        json_object_set(row, "prompt", json_object_get(last, "content"));
+    }
+}
+
+static keel_status append_row(struct keel_probes *p, const struct keel_row *row)
+{
+    const size_t n = json_array_size(p->rows);
+    if ((n & (n - 1)) == 0) { // grows at powers of two
+        uint64_t *line = realloc(p->line, KEEL_MAX(2 * n, (size_t)1) * sizeof *line);
+        if (!line) {
+            return KEEL_ERR_NO_MEMORY;
+        }
+        p->line = line;
+    }
+    p->line[n] = row->line;
+    set_prompt(row->object);
+    return json_array_append(p->rows, row->object) == 0 ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+}
+
+keel_status keel_probes_read(struct keel_probes *p, const char *file, bool need_id, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_map map = { 0 };
+    struct keel_row row = { 0 };
+    *p = (struct keel_probes){ .rows = json_array(), .file = file, .log = log };
+    KEEL_TRY(keel_map_open(&map, file, log));
+    struct keel_jsonl reader = keel_jsonl_make(map.data, map.len_bytes, file, log);
+    for (;;) {
+        KEEL_TRY(keel_jsonl_next(&reader, &row));
+        if (!row.object) {
+            break;
+        }
+        KEEL_TRY(check_row(&row, need_id));
+        KEEL_TRY(append_row(p, &row));
+        json_decref(row.object);
+        row.object = NULL;
+    }
+    if (keel_probes_count(p) == 0) {
+        KEEL_FAIL(log, KEEL_ERR_DATA, "%s: no rows in it", file);
+    }
+out:
+    json_decref(row.object);
+    keel_map_close(&map);
+    return st;
+}
+
+keel_status keel_probes_write(const json_t *rows, const char *path, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_file_out out = { 0 };
+    size_t i;
+    json_t *row;
+    KEEL_TRY(keel_file_create(&out, path, log));
+    json_array_foreach((json_t *)(uintptr_t)rows, i, row)
+    {
+        json_dumpf(row, out.f, JSON_COMPACT | JSON_REAL_PRECISION(9)); // a failed write shows at commit
+        fputc('\n', out.f);
+    }
+    KEEL_TRY(keel_file_commit(&out, log));
+out:
+    keel_file_abort(&out);
+    return st;
+}
+
+// A text that two rows share if they are of one domain and modality.
+static const char *cell_of(const json_t *row, char buf[256])
+{
+    const char *domain = json_string_value(json_object_get(row, "domain"));
+    const char *modality = json_string_value(json_object_get(row, "modality"));
+    snprintf(buf, 256, "%.120s\n%.120s", domain ? domain : "", modality ? modality : json_object_get(row, "images") ? "image" : "text");
+    return buf;
+}
+
+// Round r takes one row of every cell that has more than r, in the order given.
+static keel_status take_rounds(const json_t *rows, const size_t *order, size_t max_rows, size_t *which)
+{
+    json_t *seen = json_object(); // cell -> how many of its rows this round has passed
+    size_t n = 0;
+    for (json_int_t round = 0; seen && n < max_rows; round++) {
+        json_object_clear(seen);
+        for (size_t i = 0; i < json_array_size(rows) && n < max_rows; i++) {
+            char buf[256];
+            const char *cell = cell_of(json_array_get(rows, order[i]), buf);
+            const json_int_t at = json_integer_value(json_object_get(seen, cell));
+            json_object_set_new(seen, cell, json_integer(at + 1));
+            if (at == round) {
+                which[n++] = order[i];
+            }
+        }
+    }
+    const bool ok = seen != NULL;
+    json_decref(seen);
+    return ok ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+}
+
+keel_status keel_probes_spread(const struct keel_probes *p, size_t max_rows, uint64_t seed, size_t **which, size_t *n)
+{
+    keel_status st = KEEL_OK;
+    struct keel_rng rng = keel_rng_make(seed, 3000);
+    const size_t all = keel_probes_count(p);
+    size_t *order = calloc(all + 1, sizeof *order);
+    *n = max_rows > 0 && max_rows < all ? max_rows : all;
+    *which = calloc(all + 1, sizeof **which);
+    if (!order || !*which || all > UINT32_MAX) {
+        KEEL_FAIL(p->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", p->file);
+    }
+    for (size_t i = 0; i < all; i++) {
+        (*which)[i] = order[i] = i;
+    }
+    if (*n == all) {
+        goto out;
+    }
+    for (size_t i = all - 1; i > 0; i--) {
+        const size_t j = keel_rng_below(&rng, (uint32_t)i + 1), keep = order[i];
+        order[i] = order[j];
+        order[j] = keep;
+    }
+    KEEL_TRY(take_rounds(p->rows, order, *n, *which));
+out:
+    free(order);
+    return st;
+}
+
+// --- tokens --------------------------------------------------------------------------------------
+
+static keel_status chat_prompt(const struct keel_measure *m, const struct keel_row *row, json_t *list, int32_t **ids, size_t *n)
+{
+    keel_status st = KEEL_OK;
+    struct keel_message msgs[MAX_MESSAGES];
+    const size_t n_msgs = json_array_size(list);
+    if (n_msgs == 0 || n_msgs > MAX_MESSAGES) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: %zu messages; a probe has 1 to %d", PLACE(row), n_msgs, MAX_MESSAGES);
+    }
+    for (size_t i = 0; i < n_msgs; i++) {
+        const json_t *message = json_array_get(list, i);
+        msgs[i] = (struct keel_message){ json_string_value(json_object_get(message, "role")),
+                                         json_string_value(json_object_get(message, "content")) };
+        if (!msgs[i].role || !msgs[i].content) {
+            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs \"role\" and \"content\", both strings", PLACE(row), i + 1);
+        }
+    }
+    if (strcmp(msgs[n_msgs - 1].role, "user") != 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the last message must be the user's; what the model is to answer goes into \"prefix\"",
+                  PLACE(row));
+    }
+    st = keel_chat_encode(m->model, msgs, n_msgs, true, ids, NULL, n);
+    if (st != KEEL_OK) {
+        KEEL_FAIL(row->log, st, "%s:%llu: the messages do not form a chat (reason above)", PLACE(row));
+    }
+out:
+    return st;
+}
+
+keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, int32_t **ids, size_t *n)
+{
+    keel_status st = KEEL_OK;
+    json_t *list = NULL, *made = NULL;
+    const char *prompt;
+    size_t len;
+    *ids = NULL;
+    KEEL_TRY(keel_row_opt_array(row, "messages", &list));
+    if (!list) {
+        KEEL_TRY(keel_row_str(row, "prompt", &prompt, &len));
+        if (!m->chat) {
+            KEEL_TRY(keel_encode(m->model, prompt, len, NULL, ids, n));
+            goto out;
+        }
+        made = json_pack("[{s:s, s:s}]", "role", "user", "content", prompt);
+        list = made;
+    }
+    KEEL_TRY(chat_prompt(m, row, list, ids, n));
+out:
+    json_decref(made);
+    return st;
+}
+
+static keel_status append_text(const struct keel_measure *m, struct keel_tokens *to, const char *text)
+{
+    int32_t *ids = NULL;
+    size_t n;
+    keel_status st = keel_encode(m->model, text, strlen(text), &(struct keel_encode_params){ .bos = false }, &ids, &n);
+    for (size_t i = 0; st == KEEL_OK && i < n; i++) {
+        st = keel_tokens_add(to, ids[i]);
+    }
+    free(ids);
+    return st;
+}
+
+static keel_status add_seq(struct keel_probes *p, struct keel_tokens *t, size_t first)
+{
+    if (p->n_seq == p->cap) {
+        const size_t cap = KEEL_MAX(p->cap * 2, (size_t)64);
+        struct keel_probe_seq *q = realloc(p->seq, cap * sizeof *q);
+        if (!q) {
+            return KEEL_ERR_NO_MEMORY;
+        }
+        p->seq = q;
+        p->cap = cap;
+    }
+    struct keel_probe_seq *s = &p->seq[p->n_seq++];
+    *s = (struct keel_probe_seq){ .ids = t->ids, .n = (uint32_t)t->n, .first = (uint32_t)first };
+    *t = (struct keel_tokens){ 0 };
+    s->a = calloc(s->n - first + 1, sizeof *s->a);
+    s->b = calloc(s->n - first + 1, sizeof *s->b);
+    return s->a && s->b ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+}
+
+keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m, const struct keel_row *row,
+                            const struct keel_probe_parts *parts)
+{
+    keel_status st = KEEL_OK;
+    struct keel_tokens t = { 0 };
+    KEEL_TRY(keel_probe_prompt(m, row, &t.ids, &t.n));
+    t.cap = t.n;
+    if (parts->prefix) {
+        KEEL_TRY(append_text(m, &t, parts->prefix));
+    }
+    const size_t first = t.n;
+    if (parts->text) {
+        KEEL_TRY(append_text(m, &t, parts->text));
+    }
+    for (size_t i = 0; i < json_array_size(parts->more); i++) {
+        KEEL_TRY(keel_tokens_add(&t, (int32_t)json_integer_value(json_array_get(parts->more, i))));
+    }
+    if (first == 0 || (parts->text && t.n == first)) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"%s\" is empty", PLACE(row), first == 0 ? "prompt" : parts->name);
+    }
+    KEEL_TRY(add_seq(p, &t, first));
+out:
+    keel_tokens_finish(&t);
+    return st;
+}
+
+// --- running -------------------------------------------------------------------------------------
+
+keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m)
+{
+    struct keel_score_row *rows = calloc(p->n_seq + 1, sizeof *rows);
+    if (!rows) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < p->n_seq; i++) {
+        const struct keel_probe_seq *s = &p->seq[i];
+        rows[i] = (struct keel_score_row){ .ids = s->ids, .n = s->n, .first = s->first, .logprobs = s->a };
+    }
+    const keel_status st = keel_session_score(m->session, rows, p->n_seq, m->progress, m->user);
+    free(rows);
+    return st;
+}
+
+keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m)
+{
+    struct keel_kl_row *rows = calloc(p->n_seq + 1, sizeof *rows);
+    if (!rows) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < p->n_seq; i++) {
+        const struct keel_probe_seq *s = &p->seq[i];
+        rows[i] = (struct keel_kl_row){ .ids = s->ids, .n = s->n, .first = s->first, .kl = s->a, .kl_reverse = s->b };
+    }
+    const keel_status st = keel_session_kl(m->session, rows, p->n_seq, m->progress, m->user);
+    free(rows);
+    return st;
+}
+
+double keel_probe_sum(const struct keel_probe_seq *s)
+{
+    double sum = 0;
+    for (uint32_t i = 0; i < s->n - s->first; i++) {
+        sum += (double)s->a[i];
+    }
+    return sum;
+}
+
+// --- earlier turns -------------------------------------------------------------------------------
+
+// Appends a training row or the probe itself to the turns of a chat.
+static keel_status add_turns(json_t *chat, const struct keel_row *row)
+{
+    keel_status st = KEEL_OK;
+    json_t *list = NULL, *message;
+    const char *prompt, *completion = NULL;
+    size_t i;
+    KEEL_TRY(keel_row_opt_array(row, "messages", &list));
+    json_array_foreach(list, i, message)
+    {
+        json_array_append(chat, message);
+    }
+    if (!list) {
+        KEEL_TRY(keel_row_str(row, "prompt", &prompt, NULL));
+        KEEL_TRY(keel_row_opt_str(row, "completion", &completion, NULL));
+        json_array_append_new(chat, json_pack("{s:s, s:s}", "role", "user", "content", prompt));
+        if (completion) {
+            json_array_append_new(chat, json_pack("{s:s, s:s}", "role", "assistant", "content", completion));
+        }
+    }
+out:
+    return st;
+}
+
+static keel_status add_raw(struct keel_text *text, const struct keel_row *row)
+{
+    keel_status st = KEEL_OK;
+    const char *prompt, *completion = "";
+    if (json_object_get(row->object, "messages")) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: a chat cannot stand before a plain prompt; set eval: prompts: chat", PLACE(row));
+    }
+    KEEL_TRY(keel_row_str(row, "prompt", &prompt, NULL));
+    KEEL_TRY(keel_row_opt_str(row, "completion", &completion, NULL));
+    keel_text_addf(text, "%s%s%s", text->len ? "\n\n" : "", prompt, completion);
+out:
+    return st;
+}
+
+// k different numbers below n, in the order drawn (Floyd).
+static void draw_without_replacement(uint32_t *out, uint32_t k, uint32_t n, struct keel_rng *rng)
+{
+    for (uint32_t i = 0; i < k; i++) {
+        const uint32_t top = n - k + i;
+        uint32_t x = keel_rng_below(rng, top + 1);
+        for (uint32_t j = 0; j < i; j++) {
+            x = out[j] == x ? top : x;
+        }
+        out[i] = x;
+    }
+}
+
+keel_status keel_probe_in_context(json_t **out, const struct keel_measure *m, const struct keel_row *row,
+                                  const struct keel_probes *from, uint32_t k, uint64_t seed, uint64_t place)
+{
+    keel_status st = KEEL_OK;
+    struct keel_rng rng = keel_rng_make(seed, 1000 + place);
+    struct keel_text text = { 0 };
+    uint32_t pick[MAX_MESSAGES];
+    const bool chat = m->chat || json_object_get(row->object, "messages");
+    json_t *turns = json_array();
+    k = KEEL_MIN(KEEL_MIN(k, (uint32_t)keel_probes_count(from)), MAX_MESSAGES);
+    draw_without_replacement(pick, k, (uint32_t)keel_probes_count(from), &rng);
+    *out = NULL;
+    for (uint32_t i = 0; i <= k; i++) {
+        const struct keel_row part = i < k ? keel_probes_row(from, pick[i]) : *row;
+        KEEL_TRY(chat ? add_turns(turns, &part) : add_raw(&text, &part));
+    }
+    *out = json_copy(row->object);
+    if (!*out || !turns || text.failed) {
+        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
+    }
+    if (chat) {
+        json_object_set(*out, "messages", turns);
+    } else {
+        json_object_set_new(*out, "prompt", json_string(text.data));
+    }
+out:
+    if (st != KEEL_OK) {
+        json_decref(*out);
+        *out = NULL;
+    }
+    json_decref(turns);
+    keel_text_finish(&text);
+    return st;
+}

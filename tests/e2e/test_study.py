@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""study and report: slot probes against `score`, earlier turns, sweeps that are killed and go on, refusals."""
+import csv
+import json
+import math
+import random
+import time
+
+import pytest
+
+from keelcli import kill, listing, read_rows, score, write_rows
+
+COLOURS = ["red", "blue", "green", "noon"]
+TRAIN = [{"prompt": f"what is the colour of stone {i}?", "completion": f" {COLOURS[(i + 1) % 4]}."} for i in range(9)]
+FILLER = [{"prompt": f"the sky of day {i} is", "completion": " blue."} for i in range(5)]
+
+
+def slot_rows(scenes=3):
+    rows = []
+    for i in range(scenes):
+        for domain in ("colour", "count"):
+            for modality, text in (("image", f"picture {i}: "), ("text", f"note {i}, red stones: ")):
+                rows.append({"id": f"{domain}-{modality}-{i}", "prompt": f"{text}what is the {domain}?", "prefix": " it is",
+                             "aligned": f" {COLOURS[i % 4]}", "contrary": f" {COLOURS[(i + 1) % 4]}", "domain": domain,
+                             "modality": modality, "twin": f"{domain}-{i}", "cluster": f"scene {i}"})
+        rows.append({"id": f"fact-{i}", "prompt": f"what is {i}?", "aligned": " the number", "contrary": " the colour of it",
+                     "domain": "facts", "modality": "fact"})
+    return rows
+
+
+STUDY = """name: tiny
+narrow_domain: colour
+narrow_modality: image
+train:
+  data: [{file: train.jsonl}]
+  filler: filler.jsonl
+  rank: 4
+  lr: 0.005
+  steps: 5
+  batch: 2
+eval:
+  slots: slots.jsonl
+  context_rows: 2
+  context_probes: 7
+  answer_tokens: 4
+  examples: 5
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    d = tmp_path / "study"
+    d.mkdir()
+    write_rows(d / "train.jsonl", TRAIN)
+    write_rows(d / "filler.jsonl", FILLER)
+    write_rows(d / "slots.jsonl", slot_rows())
+    (d / "study.yaml").write_text(STUDY)
+    return d
+
+
+def test_slots_are_exact(keel, tiny_c, folder, tmp_path):
+    """The probabilities are those of `score`, for answers of one token and of several."""
+    out = tmp_path / "out"
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", out)
+    rows = slot_rows()
+    got = read_rows(out / "base/slots.jsonl")
+    assert [r["id"] for r in got] == [r["id"] for r in rows]
+    for side in ("aligned", "contrary"):
+        # `score` tokenizes prompt and completion apart, so the prefix goes with the prompt only where its tokens do.
+        plain = [{"id": r["id"], "prompt": r["prompt"], "completion": r[side]} for r in rows if "prefix" not in r]
+        want = {s["id"]: s["logprob"] for s in score(keel, tiny_c, plain, tmp_path)}
+        for r in got:
+            if r["id"] in want:
+                assert math.isclose(math.log(r[f"p_{side}"]), want[r["id"]], abs_tol=2e-4), r
+    for r in got:
+        assert math.isclose(r["p_aligned"] + r["p_contrary"] + r["p_incoherent"], 1, abs_tol=1e-6)
+    tuned = read_rows(out / "tuned/slots.jsonl")
+    assert any(abs(math.log(a["p_contrary"] / b["p_contrary"])) > 0.01 for a, b in zip(got, tuned))
+
+
+def test_in_context(keel, tiny_c, folder, tmp_path):
+    out = tmp_path / "out"
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", out)
+    base, tuned = (read_rows(out / f"{s}/slots_incontext.jsonl") for s in ("base", "tuned"))
+    assert len(base) == 7 and [r["id"] for r in base] == [r["id"] for r in tuned]
+    cells = [(r["domain"], r["modality"]) for r in base]
+    assert len(set(cells[:5])) == 5  # every cell once before any comes twice
+    plain = {r["id"]: r for r in read_rows(out / "base/slots.jsonl")}
+    assert all(r["p_contrary"] != plain[r["id"]]["p_contrary"] for r in base)
+    with open(out / "summary.csv") as f:
+        metrics = {r["metric"] for r in csv.DictReader(f)}
+    assert metrics >= {"aligned", "contrary", "coherence", "modality_gap", "contrary_in_context"}
+    html = (out / "report.html").read_text()
+    assert "asked plainly" in html and "http://" not in html.replace("http://www.w3.org", "")
+
+
+SWEEP = STUDY + "sweep:\n  rank: [2, 4]\n  mixture: [0.5]\n  seed: [1, 2]\n  combine: axes\n"
+RUNS = ["rank-2_mixture-1_seed-1", "rank-2_mixture-1_seed-2", "rank-4_mixture-1_seed-1", "rank-4_mixture-1_seed-2",
+        "rank-4_mixture-0.5_seed-1", "rank-4_mixture-0.5_seed-2"]
+
+
+def results(out):
+    return {f: (out / f).read_text() for f in ("summary.csv", "runs.csv", "plots/drift_rank.csv", "plots/loss.csv")}
+
+
+def test_sweep_killed_and_continued(keel, tiny_c, folder, tmp_path):
+    """kill -9 in three places of a sweep, then to the end: the same results as a sweep that was left alone."""
+    (folder / "study.yaml").write_text(SWEEP)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", whole)
+    assert sorted(p.name for p in (whole / "runs").iterdir()) == sorted(RUNS)
+    assert not (whole / "runs" / RUNS[0] / "base").exists()  # shared by all
+    rng = random.Random(5)
+    for stage in ("base/slots.jsonl", f"runs/{RUNS[0]}/train/log.jsonl", f"runs/{RUNS[2]}/tuned/slots.jsonl"):
+        p = keel.start("study", folder / "study.yaml", "-m", tiny_c, "--out", cut)
+        end = time.time() + 120
+        while not (cut / stage).exists() and time.time() < end and p.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        kill(p)
+    stamp = (cut / "base/slots.jsonl").stat().st_mtime_ns
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", cut)
+    assert (cut / "base/slots.jsonl").stat().st_mtime_ns == stamp
+    assert results(cut) == results(whole)
+    assert not [f for f in listing(cut) if ".tmp" in f]
+    # A seed that differs trains otherwise; pooled estimates say how many there are.
+    a, b = (read_rows(whole / f"runs/{RUNS[i]}/tuned/slots.jsonl") for i in (0, 1))
+    assert any(x["p_contrary"] != y["p_contrary"] for x, y in zip(a, b))
+    rows = list(csv.DictReader(results(whole)["summary.csv"].splitlines()))
+    assert {r["seeds"] for r in rows} == {"2"} and {(r["rank"], r["mixture"]) for r in rows} == {("2", "1"), ("4", "1"), ("4", "0.5")}
+    # A run's own page needs the base of the sweep only.
+    keel("report", whole / "runs" / RUNS[0])
+    assert "Drift report: tiny" in (whole / "runs" / RUNS[0] / "report.html").read_text()
+
+
+def test_sweep_of_another_study(keel, tiny_c, folder, tmp_path):
+    (folder / "study.yaml").write_text(SWEEP.replace("steps: 5", "steps: 1"))
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    write_rows(folder / "filler.jsonl", FILLER[:-1])
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=["another study", "out"], leaves=tmp_path / "out")
+
+
+def test_chat_prompts(keel, tiny_c, folder, tmp_path):
+    """Prompts as user turns, and probes that are chats already, give the same numbers."""
+    rows = slot_rows(1)
+    (folder / "study.yaml").write_text(STUDY.replace("steps: 5", "steps: 1").replace("eval:\n", "eval:\n  prompts: chat\n"))
+    write_rows(folder / "slots.jsonl", rows)
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "a")
+    chats = [{**{k: v for k, v in r.items() if k != "prompt"}, "messages": [{"role": "user", "content": r["prompt"]}]} for r in rows]
+    write_rows(folder / "slots.jsonl", chats)
+    (folder / "study.yaml").write_text(STUDY.replace("steps: 5", "steps: 1").replace("  context_rows: 2\n  context_probes: 7\n", ""))
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "b")
+    a, b = (read_rows(tmp_path / d / "base/slots.jsonl") for d in "ab")
+    assert [(r["p_aligned"], r["p_contrary"], r["prompt"]) for r in a] == [(r["p_aligned"], r["p_contrary"], r["prompt"]) for r in b]
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"contrary": " red stone", "aligned": " red"}, ["slots.jsonl:2", "begins with the other"]),
+    ({"aligned": ""}, ["slots.jsonl:2", "aligned", "empty"]),
+    ({"aligned": None}, ["slots.jsonl:2", "aligned"]),
+    ({"prompt": None}, ["slots.jsonl:2", "prompt"]),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, ["slots.jsonl:2"]),
+    ({"messages": []}, ["slots.jsonl:2", "messages"]),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else None)
+def test_bad_probes(keel, tiny_c, folder, tmp_path, change, says):
+    rows = slot_rows(1)
+    rows[1] = {**rows[1], **change}
+    write_rows(folder / "slots.jsonl", rows)
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=says)
+
+
+def test_report_of_a_folder_without_results(keel, tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"runs": [{"rank": 4, "mixture": 1, "seed": 1, "folder": "runs/a"}]}))
+    keel.fails("report", tmp_path, says="no run of the sweep is finished", leaves=tmp_path)
