@@ -193,8 +193,8 @@ static keel_status chat_prompt(const struct keel_measure *m, const struct keel_r
     }
     for (size_t i = 0; i < n_msgs; i++) {
         const json_t *message = json_array_get(list, i);
-        msgs[i] = (struct keel_message){ json_string_value(json_object_get(message, "role")),
-                                         json_string_value(json_object_get(message, "content")) };
+        msgs[i] = (struct keel_message){ .role = json_string_value(json_object_get(message, "role")),
+                                         .content = json_string_value(json_object_get(message, "content")) };
         if (!msgs[i].role || !msgs[i].content) {
             KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs \"role\" and \"content\", both strings", PLACE(row), i + 1);
         }
