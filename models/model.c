@@ -3,6 +3,8 @@
 // Owns the file map, the tokenizer and the weights heap.
 #include "gemma3/gemma3.h"
 
+#include <keel/convert.h>
+
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -132,22 +134,31 @@ static void fill_info(keel_model *m, const char *path)
 
 keel_status keel_model_open(keel_model **out, const char *path, const keel_log *log)
 {
+    return keel_model_open_as(out, path, NULL, log);
+}
+
+keel_status keel_model_open_as(keel_model **out, const char *path, const char *type, const keel_log *log)
+{
     keel_status st = KEEL_OK;
     keel_model *m = NULL;
+    char converted[4096];
+    const char *file = path;
     *out = NULL;
     if (!path || !*path || strlen(path) >= sizeof m->info.path) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "the path of the model is empty or too long");
     }
     if (keel_path_is_dir(path)) {
-        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s is a folder; keel opens GGUF files (convert it with llama.cpp's "
-                                             "convert_hf_to_gguf.py)", path);
+        KEEL_TRY(keel_convert_cached(path, type, false, converted, sizeof converted, log));
+        file = converted;
+    } else if (type) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: a type is for Hugging Face folders; keel quantize makes a GGUF of another type", path);
     }
     m = calloc(1, sizeof *m);
     if (!m) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: no memory to open the model", path);
     }
     m->log = log;
-    KEEL_TRY(keel_map_open(&m->map, path, log));
+    KEEL_TRY(keel_map_open(&m->map, file, log));
     KEEL_TRY(keel_gguf_parse(&m->gguf, m->map.data, m->map.len_bytes, path, log));
     KEEL_TRY(check_arch(m->gguf, log));
     KEEL_TRY(keel_gemma3_read(&m->cfg, &m->src, m->gguf, log));

@@ -32,6 +32,8 @@ void keel_file_abort(struct keel_file_out *out);                              //
 keel_status keel_make_dirs(const char *path, const keel_log *log);
 bool keel_path_exists(const char *path);
 bool keel_path_is_dir(const char *path);
+// Size and time of the last change in nanoseconds; false, and both untouched, if there is no such file.
+bool keel_path_stamp(const char *path, uint64_t *bytes, uint64_t *changed_ns);
 // XDG cache folder for keel, created on first use ("$XDG_CACHE_HOME/keel" or "$HOME/.cache/keel"). False if there is none.
 bool keel_cache_dir(char *out, size_t out_bytes);
 // Value of an environment variable or NULL. The only getenv outside src/cli.

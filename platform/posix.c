@@ -189,6 +189,17 @@ bool keel_path_is_dir(const char *path)
     return stat(path, &sb) == 0 && S_ISDIR(sb.st_mode);
 }
 
+bool keel_path_stamp(const char *path, uint64_t *bytes, uint64_t *changed_ns)
+{
+    struct stat sb;
+    if (stat(path, &sb) != 0) {
+        return false;
+    }
+    *bytes = (uint64_t)sb.st_size;
+    *changed_ns = (uint64_t)sb.st_mtim.tv_sec * 1000000000u + (uint64_t)sb.st_mtim.tv_nsec;
+    return true;
+}
+
 bool keel_cache_dir(char *out, size_t out_bytes)
 {
     static const keel_log quiet = { .level = 0 };

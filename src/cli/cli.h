@@ -20,7 +20,7 @@ int exit_code(keel_status st);
 
 struct common {
     bool verbose, quiet;
-    const char *model, *device, *profile;
+    const char *model, *type, *device, *profile;
     bool validate;
     uint64_t memory_limit;
     struct arg_list lora;
@@ -32,9 +32,13 @@ struct common {
     { .type = ARG_HEAD, .help = "Messages" },                                                                          \
         { .name = "--verbose", .brief = "-v", .type = ARG_FLAG, .offset = OPT_COMMON(verbose), .help = "more messages" }, \
         { .name = "--quiet", .brief = "-q", .type = ARG_FLAG, .offset = OPT_COMMON(quiet), .help = "errors only, no progress" }
+#define OPTION_TYPE                                                                                                    \
+    { .name = "--type", .type = ARG_STR, .offset = OPT_COMMON(type), .value = "T",                                     \
+      .help = "of a folder: store its matrices as q4_0, q4_k_m, ... (keel quantize --help lists them); not given: as they are" }
 #define OPTION_MODEL                                                                                                   \
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL", .needed = true, \
-      .help = "model: a GGUF file" }
+      .help = "model: a GGUF file, or a Hugging Face folder (converted once, into the cache folder)" },              \
+        OPTION_TYPE
 #define OPTIONS_DEVICE                                                                                                 \
     { .type = ARG_HEAD, .help = "Device" },                                                                            \
         { .name = "--device", .type = ARG_STR, .offset = OPT_COMMON(device), .value = "D",                             \

@@ -144,6 +144,7 @@ static int info_run(const void *args)
 #define AT(field) offsetof(struct info_args, field)
 static const struct arg_option options[] = {
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object, with the file's hash" },
+    OPTION_TYPE,
     { .name = "--ctx", .type = ARG_U32, .offset = AT(ctx), .value = "N", .def = "4096", .min = 1, .max = 1 << 24,
       .help = "plan for a context of N tokens" },
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,

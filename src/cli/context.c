@@ -60,7 +60,7 @@ void say(const struct context *c, enum keel_log_level level, const char *fmt, ..
 keel_status context_open_model(struct context *c, const struct common *o)
 {
     c->log = cli_log(o);
-    return keel_model_open(&c->model, o->model, &c->log);
+    return keel_model_open_as(&c->model, o->model, o->type, &c->log);
 }
 
 keel_status context_open_device(struct context *c, const struct common *o)

@@ -5,6 +5,7 @@
 #define KEEL_KEEL_H
 
 #include <keel/bench.h>
+#include <keel/convert.h>
 #include <keel/device.h>
 #include <keel/images.h>
 #include <keel/log.h>

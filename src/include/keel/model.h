@@ -28,7 +28,11 @@ struct keel_model_info {
 
 // Opens a GGUF file (v2 or v3, architecture gemma3). Everything in it is checked: metadata, tensor names, shapes, types.
 // Errors: IO, FORMAT, UNSUPPORTED (another architecture: the message says which are supported). `log` outlives the model.
+// A Hugging Face folder is converted first, into keel's cache folder (keel/convert.h).
 KEEL_API keel_status keel_model_open(keel_model **out, const char *path, const keel_log *log);
+// The same; a folder's matrices are stored as `type` ("q4_0", "q4_k_m", ...; NULL: as they are). Errors: also ARG (unknown type,
+// or a type for a file).
+KEEL_API keel_status keel_model_open_as(keel_model **out, const char *path, const char *type, const keel_log *log);
 KEEL_API void keel_model_close(keel_model **model); // accepts NULL and pointers to NULL; sessions must be gone
 KEEL_API const struct keel_model_info *keel_model_info(const keel_model *model);
 // Hashes the whole file (64-bit FNV-1a) for manifests; reads every byte once.
