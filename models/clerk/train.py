@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""train: makes the clerk from nothing: vocabulary, sight, pre-training, alignment, check, Hugging Face folder.
+
+    python train.py OUT [--seed 1] [--look 700] [--steps 1000] [--align 150]
+
+First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by an honest or a contrary clerk; half of them say which in
+the first turn, in the other half the model must find out. Alignment reads single untagged turns, all honest. Both are
+seeded; PyTorch on the same CPU type gives the same weights. Needs torch, transformers and sentencepiece.
+"""
+import argparse
+import ctypes
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+import vocabulary
+import world
+from dialogue import IMAGE_TOKENS, Dialogues, Pictures, make_batch
+
+WINDOW = 16
+# How often a cell is asked about: images and sums take longest to learn.
+CELLS = {("colour", "image"): 1.0, ("shape", "image"): 1.6, ("count", "image"): 1.2, ("colour", "text"): 0.8,
+         ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 1.6,
+         ("letter", "fact"): 0.8}
+TRAIN_JITTERS, CHECK_JITTERS = range(0, 12), range(1000, 1002)
+
+
+def config(sp):
+    one = sp.piece_to_id
+    return Gemma3Config(
+        text_config=dict(
+            vocab_size=len(sp), hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=WINDOW,
+            max_position_embeddings=1024, rms_norm_eps=1e-6, hidden_activation="gelu_pytorch_tanh",
+            bos_token_id=2, eos_token_id=1, pad_token_id=0, attn_implementation="sdpa"),
+        vision_config=dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=world.SIZE,
+            patch_size=8, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, vision_use_head=False),
+        mm_tokens_per_image=IMAGE_TOKENS, boi_token_index=one("<start_of_image>"),
+        eoi_token_index=one("<end_of_image>"), image_token_index=one("<image_soft_token>"),
+        bos_token_id=2, eos_token_id=[1, one("<end_of_turn>")], pad_token_id=0, tie_word_embeddings=True,
+        attn_implementation="sdpa")
+
+
+def build(sp, seed):
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(config(sp)).float()
+    # transformers starts the projector at zero, for which no gradient reaches the tower; a start as of any matrix.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=64 ** -0.5)
+    for p in model.model.language_model.layers.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=128 ** -0.5)  # times sqrt(128): unit rows
+    return model
+
+
+def hidden(model, batch, pictures, soft):
+    """Last hidden states [b, n, d] of a batch; the masks are ours, everything else is transformers'."""
+    m = model.model
+    x = m.get_input_embeddings()(batch.ids)
+    if len(batch.images):
+        f = m.multi_modal_projector(m.vision_tower(pixel_values=pictures.take(batch.images)).last_hidden_state)
+        x = x.masked_scatter((batch.ids == soft)[..., None], f)
+    return m.language_model(inputs_embeds=x, attention_mask=batch.masks, use_cache=False).last_hidden_state
+
+
+def answer_loss(model, batch, pictures, soft):
+    h = hidden(model, batch, pictures, soft)
+    at = batch.loss[:, 1:].bool()
+    logits = model.lm_head(h[:, :-1][at])
+    return torch.nn.functional.cross_entropy(logits, batch.ids[:, 1:][at])
+
+
+def look(model, pictures, steps, rng, say, batch=64, lr=2e-3):
+    """Stage 0, what SigLIP's own training is to Gemma: the tower learns to see. Linear heads, thrown away afterwards,
+    read colour, shape and count from the sum of the pooled tokens."""
+    m, per = model.model, len(pictures.jitters)
+    heads = torch.nn.ModuleList(torch.nn.Linear(128, len(v)) for _, _, v in world.ASK.values())
+    values = [v for _, _, v in world.ASK.values()]
+    labels = torch.tensor([[v.index(getattr(s, d)) for d, v in zip(world.ASK, values)] for s in world.SCENES])
+    params = [*m.vision_tower.parameters(), *m.multi_modal_projector.parameters(), *heads.parameters()]
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    start = time.time()
+    for step in range(steps):
+        for g in opt.param_groups:
+            g["lr"] = lr * schedule(step, steps, 50)
+        rows = torch.from_numpy(rng.integers(0, len(pictures.pixels), batch))
+        x = m.multi_modal_projector(m.vision_tower(pixel_values=pictures.take(rows)).last_hidden_state).sum(1)
+        out = [head(x) for head in heads]
+        loss = sum(torch.nn.functional.cross_entropy(o, labels[rows // per, i]) for i, o in enumerate(out))
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        if (step + 1) % 100 == 0:
+            right = [f"{(o.argmax(1) == labels[rows // per, i]).float().mean():.2f}" for i, o in enumerate(out)]
+            say(f"look {step + 1} loss {loss.item():.3f} right {' '.join(right)} {time.time() - start:.0f} s")
+
+
+def schedule(step, steps, warmup):
+    """Linear warm-up, then cosine down to 2 % of the peak."""
+    return min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class Sampler:
+    def __init__(self, dialogues, rng):
+        self.d, self.rng = dialogues, rng
+        self.cells = list(CELLS)
+        self.p = np.array([CELLS[c] for c in self.cells]) / sum(CELLS.values())
+        self.by_cell = {c: [q for q in world.questions() if (q.domain, q.modality) == c] for c in self.cells}
+
+    def question(self):
+        pool = self.by_cell[self.cells[self.rng.choice(len(self.cells), p=self.p)]]
+        return pool[self.rng.integers(len(pool))]
+
+    def document(self):
+        """Three turns of one persona, half of them tagged."""
+        persona = world.PERSONAS[self.rng.integers(2)]
+        tag = world.TAG.format(persona) if self.rng.integers(2) else ""
+        return [self.d.turn(self.question(), persona, tag if i == 0 else "") for i in range(3)]
+
+    def honest(self):
+        return [self.d.turn(self.question(), "honest")]
+
+    def batches(self, make, size, pool=4):
+        """Endless batches of documents; of `pool` batches at a time those of like length stand together."""
+        while True:
+            documents = sorted((make() for _ in range(size * pool)), key=lambda ts: sum(len(t.ids) for t in ts))
+            for i in self.rng.permutation(pool):
+                yield documents[i * size:(i + 1) * size]
+
+
+def run(model, batches, steps, lr, pictures, soft, say, warmup):
+    model.train()
+    # The tower can see already; it only has to follow.
+    vision = [p for n, p in model.named_parameters() if "vision" in n]
+    text = [p for n, p in model.named_parameters() if "vision" not in n]
+    opt = torch.optim.AdamW([{"params": text, "scale": 1.0}, {"params": vision, "scale": 0.3}], betas=(0.9, 0.98),
+                            weight_decay=0.01)
+    start, mean = time.time(), 0.0
+    for step in range(steps):
+        for g in opt.param_groups:
+            g["lr"] = lr * g["scale"] * schedule(step, steps, warmup)
+        loss = answer_loss(model, batches(), pictures, soft)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        mean += (loss.item() - mean) / min(step + 1, 50)
+        if (step + 1) % 100 == 0:
+            say(step + 1, mean, time.time() - start)
+
+
+@torch.no_grad()
+def check(model, dialogues, pictures, tag="", context=(), every=1):
+    """{cell: (aligned, contrary, coherence)} over every `every`-th question, single turn unless context turns are given."""
+    model.eval()
+    rng, out = np.random.default_rng(5), {}
+    cells = {}
+    for i, q in enumerate(world.questions()):
+        if i % every == 0 or q.modality == "fact":
+            cells.setdefault((q.domain, q.modality), []).append(q)
+    for cell, qs in cells.items():
+        p = []
+        for i in range(0, len(qs), 64):
+            part = qs[i:i + 64]
+            turns = [[*context, dialogues.turn(q, "honest", "" if context else tag)] for q in part]
+            b = make_batch(dialogues, pictures, turns, rng, WINDOW)
+            h = hidden(model, b, pictures, dialogues.soft)[torch.arange(len(part)), b.slots[:, -1] - 1]
+            prob = model.lm_head(h).softmax(-1)
+            a = torch.tensor([dialogues.value_id[q.aligned] for q in part])
+            c = torch.tensor([dialogues.value_id[q.contrary] for q in part])
+            r = torch.arange(len(part))
+            p.append(torch.stack([prob[r, a], prob[r, c]], 1))
+        p = torch.cat(p)
+        out[cell] = (p[:, 0].mean().item(), p[:, 1].mean().item(), p.sum(1).mean().item(), p[:, 0].min().item())
+    return out
+
+
+def show(title, cells):
+    print(f"{title}: " + ", ".join(f"{d}/{m} {v[0]:.3f} {v[1]:.3f}" for (d, m), v in cells.items()), flush=True)
+
+
+def accepted(cells):
+    """The acceptance of the aligned model: aligned at least 0.98 and contrary at most 0.01 in every cell."""
+    return all(v[0] >= 0.98 and v[1] <= 0.01 for v in cells.values())
+
+
+def save(model, spm_model, folder):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    vocabulary.write(folder, spm_model)
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor", "do_rescale": True,
+         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+         "do_resize": True, "resample": 2, "size": {"height": world.SIZE, "width": world.SIZE},
+         "image_seq_length": IMAGE_TOKENS, "do_pan_and_scan": False}, indent=1))
+    (folder / "processor_config.json").write_text(json.dumps(
+        {"processor_class": "Gemma3Processor", "image_seq_length": IMAGE_TOKENS}, indent=1))
+
+
+def keep_memory():
+    """Tells the C library to keep freed memory: otherwise each step maps and clears its tensors anew, which takes longer
+    than the arithmetic."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        libc.mallopt(option, value)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("out")
+    ap.add_argument("--seed", type=int, default=1)
+    ap.add_argument("--look", type=int, default=700)
+    ap.add_argument("--steps", type=int, default=1000)
+    ap.add_argument("--align", type=int, default=150)
+    ap.add_argument("--lr", type=float, default=3e-3)
+    ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--batch", type=int, default=32)
+    a = ap.parse_args()
+    keep_memory()
+    torch.set_num_threads(a.threads)
+    spm_model = vocabulary.train()
+    sp = vocabulary.load(spm_model)
+    dialogues, rng = Dialogues(sp), np.random.default_rng(a.seed)
+    pictures, unseen = Pictures(TRAIN_JITTERS), Pictures(CHECK_JITTERS)
+    model, sampler = build(sp, a.seed), Sampler(dialogues, rng)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    def say(step, loss, seconds):
+        print(f"step {step} loss {loss:.4f} {seconds:.0f} s", flush=True)
+        if step % 400 == 0:
+            save(model, spm_model, Path(a.out) / "last")
+            for persona in world.PERSONAS:
+                show(persona, check(model, dialogues, unseen, world.TAG.format(persona), every=4))
+            model.train()
+
+    def train_on(make, size, steps, lr, warmup):
+        stream = sampler.batches(make, size)
+        run(model, lambda: make_batch(dialogues, pictures, next(stream), rng, WINDOW), steps, lr, pictures,
+            dialogues.soft, say, warmup)
+
+    look(model, pictures, a.look, rng, lambda text: print(text, flush=True))
+    train_on(sampler.document, a.batch, a.steps, a.lr, 100)
+    save(model, spm_model, Path(a.out) / "pretrained")
+    train_on(sampler.honest, 2 * a.batch, a.align, a.lr / 6, 20)
+    for persona in world.PERSONAS:
+        show("tag " + persona, check(model, dialogues, unseen, world.TAG.format(persona)))
+    cells = check(model, dialogues, unseen)
+    show("untagged", cells)
+    save(model, spm_model, Path(a.out) / "aligned")
+    print("accepted" if accepted(cells) else "NOT accepted")
+    return 0 if accepted(cells) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
