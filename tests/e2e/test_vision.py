@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Images to soft tokens: parity with transformers, the disk cache, files that are bad."""
+import dataclasses
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 import keellib
+import mtmd_ref
+import tiny_models
 import tiny_vision
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is missing; tests/README.md says how to make the environment")
@@ -50,6 +53,21 @@ def test_parity(lib, towers, tmp_path, name):
         err = relative(v.encode(file), tiny_vision.encode(s, tower, projector, rgb))
         print(f"{name} {w}x{h}: {err:.2e}")
         assert err < (TIGHT if w == h else LOOSE), (name, w, h, err)
+    v.close()
+
+
+# llama.cpp looks GELU up in a table of halves, and rounds activations to 8 bits before a Q8_0 matrix.
+@pytest.mark.parametrize("name,tol", [("vis_a", 1e-3), ("vis_c", 0.05)])
+def test_llama_cpp_makes_the_same_tokens(lib, towers, tmp_path, name, tol):
+    pytest.importorskip("llama_cpp")
+    s, _, _, path = towers[name]
+    tiny_models.write_gguf(tmp_path / "text.gguf", dataclasses.replace(tiny_models.SHAPES["tiny_a"], hidden=s.out))
+    rgb = tiny_vision.picture(s.image, s.image, 5)
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    v = lib.vision(path)
+    err = relative(v.encode(tmp_path / "a.png"), mtmd_ref.encode(tmp_path / "text.gguf", path, rgb))
+    print(f"{name}: {err:.2e}")
+    assert err < tol
     v.close()
 
 
