@@ -48,6 +48,13 @@ void keel_adapter_destroy(keel_adapter **adapter);
 // Device bytes of the parameters of an adapter with this rank and these targets.
 uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets);
 
+// --- data rows (rows.c) --------------------------------------------------------------------------
+
+struct keel_row; // formats.h
+// The prompt of a row from a reader; as keel_prompt_row(), and messages begin with FILE:LINE.
+keel_status keel_row_prompt(struct keel_prompt *out, const keel_model *model, keel_images *images, const struct keel_row *row,
+                            bool open);
+
 // --- batches -------------------------------------------------------------------------------------
 
 // One row of a packed batch.

@@ -23,6 +23,9 @@ static void hear(void *user, enum keel_log_level level, const char *text)
 }
 static const keel_log ear = { .level = KEEL_LOG_INFO, .write = hear };
 
+static keel_images *images; // NULL: none
+extern float train_fake_embeds[64]; // embeds of an image: at the length of its path
+
 static keel_status load(struct keel_train_set *set, const char *text, uint32_t seq_len)
 {
     static char path[] = "train_data_rows.jsonl";
@@ -32,7 +35,7 @@ static keel_status load(struct keel_train_set *set, const char *text, uint32_t s
     fputs(text, f);
     fclose(f);
     said[0] = '\0';
-    const keel_status st = keel_train_set_load(set, NULL, &data, 1, seq_len, &ear);
+    const keel_status st = keel_train_set_load(set, NULL, images, &data, 1, seq_len, &ear);
     remove(path);
     return st;
 }
@@ -84,6 +87,10 @@ static void test_bad_rows(void **state)
         { "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}\n", "no assistant message" },
         { "{\"messages\":[{\"role\":\"user\",\"content\":[]}]}\n", "message 1" },
         { "{\"messages\":[],\"prompt\":\"a\"}\n", "beside" },
+        { "{\"messages\":[{\"role\":\"user\"}]}\n", "message 1" },
+        { "{\"prompt\":\"<image>\",\"completion\":\"b\",\"images\":[\"train_data_a.png\"]}\n", "--mmproj" },
+        { "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image\",\"image\":\"x.png\"}]}]}\n",
+          "--mmproj" },
         { "{\"prompt\":\"a\",\"completion\":\"b\"\n", ":1: " },
         { "\n\n", "no rows" },
     };
@@ -96,6 +103,114 @@ static void test_bad_rows(void **state)
         }
         assert_null(set.rows);
     }
+}
+
+// --- images --------------------------------------------------------------------------------------
+
+static const char *const image_file[] = { "train_data_a.png", "train_data_bb.png" };
+
+static void touch(bool make)
+{
+    for (size_t i = 0; i < KEEL_COUNT(image_file); i++) {
+        if (make) {
+            FILE *f = fopen(image_file[i], "wb");
+            assert_non_null(f);
+            fclose(f);
+        } else {
+            remove(image_file[i]);
+        }
+    }
+    images = make ? (keel_images *)(uintptr_t)1 : NULL;
+}
+
+static void check_image(const struct keel_train_row *row, uint32_t i, uint32_t at, size_t file)
+{
+    assert_true(i < row->n_images);
+    assert_int_equal(row->images[i].at, at);
+    assert_int_equal(row->images[i].n, 2);
+    assert_ptr_equal(row->images[i].embeds, &train_fake_embeds[strlen(image_file[file])]);
+    assert_int_equal(row->ids[at], i);
+}
+
+static void test_images(void **state)
+{
+    (void)state;
+    struct keel_train_set set;
+    touch(true);
+    assert_int_equal(
+        load(&set,
+             "{\"prompt\":\"a<image>b<image>\",\"completion\":\"<image>\",\"images\":[\"train_data_bb.png\","
+             "\"train_data_a.png\"]}\n"
+             "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image\",\"image\":\"train_data_a.png\"},"
+             "{\"type\":\"text\",\"text\":\"<image>\"},{\"type\":\"image_url\",\"image_url\":{\"url\":"
+             "\"train_data_bb.png\"}},{\"type\":\"image\"}]},{\"role\":\"assistant\",\"content\":\"c\"},"
+             "{\"role\":\"user\",\"content\":\"<image>\"},{\"role\":\"assistant\",\"content\":\"d\"}],"
+             "\"images\":[\"train_data_bb.png\",\"train_data_a.png\"]}\n"
+             "{\"prompt\":\"a\",\"completion\":\"b\",\"images\":[]}\n",
+             64),
+        KEEL_OK);
+    assert_int_equal(set.n_rows, 3);
+    assert_int_equal(set.rows[0].n_images, 2);
+    check_image(&set.rows[0], 0, 2, 1);
+    check_image(&set.rows[0], 1, 5, 0);
+    assert_int_equal(set.rows[0].first, 7);
+    assert_int_equal(set.rows[0].n_loss, 7); // a completion is text
+    assert_int_equal(set.rows[1].n_images, 4);
+    check_image(&set.rows[1], 0, 1, 0);
+    check_image(&set.rows[1], 1, 1 + 2 + 7, 1); // the text part's "<image>" is text
+    check_image(&set.rows[1], 2, 1 + 2 + 7 + 2, 1);
+    check_image(&set.rows[1], 3, 14 + 1 + 2, 0);
+    assert_int_equal(set.rows[1].n_loss, 4);
+    assert_int_equal(set.rows[2].n_images, 0);
+    keel_train_set_finish(&set);
+    touch(false);
+    // Without a tower and without "images" it is a text like any other.
+    assert_int_equal(load(&set, "{\"prompt\":\"<image>\",\"completion\":\"b\"}\n", 64), KEEL_OK);
+    assert_int_equal(set.rows[0].n, 9);
+    keel_train_set_finish(&set);
+}
+
+static void test_bad_images(void **state)
+{
+    (void)state;
+    const struct {
+        const char *text;
+        keel_status st;
+        const char *says;
+    } bad[] = {
+        { "\"prompt\":\"<image><image>\",\"images\":[\"train_data_a.png\"]", KEEL_ERR_DATA,
+          ":1: place 2 for an image, but \"images\" names 1" },
+        { "\"prompt\":\"<image>\"", KEEL_ERR_DATA, "place 1 for an image, but \"images\" names 0" },
+        { "\"prompt\":\"a\",\"images\":[\"train_data_a.png\"]", KEEL_ERR_DATA,
+          ":1: \"images\" names 1, but there are 0 places" },
+        { "\"prompt\":\"<image>\",\"images\":[\"train_data_c.png\"]", KEEL_ERR_IO, "train_data_c.png: there is no such file" },
+        { "\"prompt\":\"<image>\",\"images\":[\".\"]", KEEL_ERR_IO, "no such file" },
+        { "\"prompt\":\"<image>\",\"images\":[7]", KEEL_ERR_DATA, "path of a file" },
+        { "\"prompt\":\"<image>\",\"images\":[\"\"]", KEEL_ERR_DATA, "path of a file" },
+        { "\"prompt\":\"<image>\",\"images\":[\"https://example.org/a.png\"]", KEEL_ERR_UNSUPPORTED, "only paths" },
+        { "\"prompt\":\"<image>\",\"images\":[\"data:image/png;base64,AAAA\"]", KEEL_ERR_UNSUPPORTED, "only paths" },
+        { "\"prompt\":\"<image>\",\"images\":\"train_data_a.png\"", KEEL_ERR_DATA, "a list of paths" },
+    };
+    touch(true);
+    for (size_t i = 0; i < KEEL_COUNT(bad); i++) {
+        struct keel_train_set set;
+        char text[400];
+        snprintf(text, sizeof text, "{%s,\"completion\":\"b\"}\n", bad[i].text);
+        assert_int_equal(load(&set, text, 64), bad[i].st);
+        if (!strstr(said, bad[i].says) || !strstr(said, "train_data_rows.jsonl:1: ")) {
+            fail_msg("row %zu: \"%s\" is not in \"%s\"", i, bad[i].says, said);
+        }
+    }
+    static const char *const parts[] = { "{\"type\":\"text\"}", "{\"type\":\"sound\"}", "{\"type\":\"image\"}", "7",
+                                         "{\"type\":\"image\",\"image\":{\"url\":3}}" };
+    for (size_t i = 0; i < KEEL_COUNT(parts); i++) {
+        struct keel_train_set set;
+        char text[400];
+        snprintf(text, sizeof text, "{\"messages\":[{\"role\":\"user\",\"content\":[%s]}]}\n", parts[i]);
+        assert_int_equal(load(&set, text, 64), KEEL_ERR_DATA);
+        assert_non_null(strstr(said, "train_data_rows.jsonl:1: "));
+    }
+    touch(false);
 }
 
 // Two files of 5 and 7 rows drawn 3:1.
@@ -177,6 +292,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rows),
         cmocka_unit_test(test_bad_rows),
+        cmocka_unit_test(test_images),
+        cmocka_unit_test(test_bad_images),
         cmocka_unit_test(test_order),
         cmocka_unit_test(test_schedules),
     };

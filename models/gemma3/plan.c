@@ -96,7 +96,16 @@ static void row(struct keel_plan *p, const char *what, uint64_t bytes, bool host
     }
 }
 
-static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch)
+// The embeddings of as many image tokens as a pass takes.
+static void plan_images(struct keel_plan *out, const struct keel_gemma3 *c, uint32_t n_tokens)
+{
+    struct keel_layout l = { 0 };
+    struct keel_batch b = { .c = c, .cap = n_tokens };
+    keel_batch_image_layout(&l, &b);
+    row(out, "image tokens", l.bytes, false);
+}
+
+static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch, bool images)
 {
     struct keel_layout kv = { 0 }, acts = { 0 }, logits = { 0 }, host = { 0 };
     struct keel_kv k = { 0 };
@@ -112,6 +121,9 @@ static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uin
     row(out, "activations", acts.bytes, false);
     row(out, "logits", logits.bytes, false);
     row(out, "batch", host.bytes, false);
+    if (images) {
+        plan_images(out, c, n_batch);
+    }
 }
 
 keel_status keel_model_plan(const keel_model *model, const struct keel_plan_params *params, struct keel_plan *out)
@@ -123,7 +135,7 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
     row(out, "embedding and head", embd, false);
     row(out, "weights of the blocks", rest, false);
     if (params->n_ctx > 0) {
-        plan_session(out, c, params->n_ctx, params->n_batch ? params->n_batch : 256);
+        plan_session(out, c, params->n_ctx, params->n_batch ? params->n_batch : 256, params->images);
     }
     if (params->train_rank > 0) {
         uint32_t targets;
@@ -137,6 +149,9 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
         row(out, "AdamW moments", 2 * lora, false);
         row(out, "adapter on its way to disk", lora, true);
         keel_trainer_plan(model, params->train_tokens, params->train_row, params->train_rank, out, row);
+        if (params->images) {
+            plan_images(out, c, params->train_tokens);
+        }
     }
     row(out, "tokenizer and program", 64ull * c->vocab + (UINT64_C(12) << 20), true);
     row(out, "driver and shaders, about", DRIVER_BYTES, true);

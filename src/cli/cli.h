@@ -6,6 +6,7 @@
 
 #include "args.h"
 
+#include <keel/images.h>
 #include <keel/model.h>
 #include <keel/session.h>
 
@@ -20,7 +21,7 @@ int exit_code(keel_status st);
 
 struct common {
     bool verbose, quiet;
-    const char *model, *type, *device, *profile;
+    const char *model, *type, *mmproj, *device, *profile;
     bool validate;
     uint64_t memory_limit;
     struct arg_list lora;
@@ -39,6 +40,9 @@ struct common {
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL", .needed = true, \
       .help = "model: a GGUF file, or a Hugging Face folder (converted once, into the cache folder)" },              \
         OPTION_TYPE
+#define OPTION_MMPROJ                                                                                                  \
+    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "P",                                 \
+      .help = "vision tower for images: an mmproj GGUF made for the model" }
 #define OPTIONS_DEVICE                                                                                                 \
     { .type = ARG_HEAD, .help = "Device" },                                                                            \
         { .name = "--device", .type = ARG_STR, .offset = OPT_COMMON(device), .value = "D",                             \
@@ -65,15 +69,19 @@ struct context {
     keel_log log;
     keel_device *dev;
     keel_model *model;
+    keel_images *images; // NULL without --mmproj
     keel_session *session;
     uint64_t load_ns;
 };
 // The program's log: to stderr, level from -v and -q.
 keel_log cli_log(const struct common *o);
-// Opens the model only. The context must be released with context_close() in every case.
+// Opens the model only, and with --mmproj its vision tower. The context must be released with context_close() in every case.
 keel_status context_open_model(struct context *c, const struct common *o);
 // Device, then model with its weights.
 keel_status context_load(struct context *c, const struct common *o);
+// Encodes the images that were added to c->images; does nothing without any. Best before the model is loaded, so that the two
+// do not share the device's memory.
+keel_status context_encode_images(struct context *c, const struct common *o);
 keel_status context_open_device(struct context *c, const struct common *o);
 // Session with the adapters of --lora. n_ctx 0: o->ctx, which may itself be 0.
 keel_status context_open_session(struct context *c, const struct common *o, uint32_t n_ctx);

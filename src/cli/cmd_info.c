@@ -86,10 +86,12 @@ static int info_vision(const struct info_args *a)
 static keel_status show_plan(const struct context *c, const struct info_args *a, bool train, json_t *out)
 {
     struct keel_plan plan;
-    struct keel_plan_params p = { .n_ctx = a->ctx, .n_batch = a->common.batch_tokens, .targets = a->targets };
+    struct keel_plan_params p = { .n_ctx = a->ctx, .n_batch = a->common.batch_tokens, .targets = a->targets,
+                                  .images = c->images != NULL };
     if (train) {
         p = (struct keel_plan_params){
-            .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets
+            .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets,
+            .images = c->images != NULL
         };
     }
     const keel_status st = keel_model_plan(c->model, &p, &plan);

@@ -10,6 +10,7 @@
 struct run_args {
     struct common common;
     const char *prompt;
+    struct arg_list image;
     bool chat, json, greedy;
     uint32_t n, top_k, repeat_last;
     double temp, top_p, min_p, repeat_penalty;
@@ -69,12 +70,12 @@ static void answer_free(struct answer *r)
 }
 
 // Appends the prompt and generates until an end token, a->n tokens, a full context or a signal.
-static keel_status generate(struct context *c, const struct run_args *a, uint32_t n_ctx, const int32_t *ids, size_t n,
+static keel_status generate(struct context *c, const struct run_args *a, uint32_t n_ctx, const struct keel_prompt *prompt,
                             struct answer *r)
 {
     const struct keel_sample_params params = sampling(a);
     uint64_t start = now_ns();
-    keel_status st = keel_session_append(c->session, ids, n);
+    keel_status st = keel_session_append_images(c->session, prompt->ids, prompt->n, prompt->images, prompt->n_images);
     r->prefill_seconds = (double)(now_ns() - start) * 1e-9;
     r->stop = "length";
     start = now_ns();
@@ -139,61 +140,125 @@ static void report(const struct context *c, const struct run_args *a, size_t n_p
     say(c, KEEL_LOG_INFO, "%zu prompt tokens, %.1f tokens/s; %zu tokens, %.1f tokens/s", n_prompt, pp, r->n, tg);
 }
 
-static keel_status chat_ids(const struct context *c, const char *text, int32_t **ids, size_t *n)
-{
-    const struct keel_message m = { .role = "user", .content = text };
-    return keel_chat_encode(c->model, &m, 1, true, ids, NULL, n);
-}
+// --- prompts -------------------------------------------------------------------------------------
 
-static keel_status run_once(struct context *c, const struct run_args *a, uint32_t n_ctx)
+// Images that the next prompt shows.
+struct shown {
+    const float **embeds;
+    uint32_t n;
+};
+
+static keel_status show(const struct context *c, struct shown *s, const char *path)
 {
-    struct answer r = { 0 };
-    int32_t *ids = NULL;
-    size_t n = 0;
-    keel_status st = a->chat ? chat_ids(c, a->prompt, &ids, &n) : keel_encode(c->model, a->prompt, strlen(a->prompt), NULL, &ids, &n);
-    if (st == KEEL_OK) {
-        st = generate(c, a, n_ctx, ids, n, &r);
+    const float **embeds = realloc(s->embeds, (s->n + 1) * sizeof *embeds);
+    if (!embeds) {
+        return KEEL_ERR_NO_MEMORY;
     }
-    if (st == KEEL_OK) {
-        report(c, a, n, &r);
-    }
-    answer_free(&r);
-    free(ids);
+    s->embeds = embeds;
+    const keel_status st = keel_images_add(c->images, path, &s->embeds[s->n]);
+    s->n += st == KEEL_OK;
     return st;
 }
 
+// A prompt, or one user's turn. Images come first, unless the text says where: <image>.
+static keel_status make_prompt(const struct context *c, const char *text, const struct shown *s, bool chat, struct keel_prompt *out)
+{
+    const struct keel_prompt_images list = { .embeds = s->embeds, .n = s->n,
+                                             .n_tokens = c->images ? keel_images_tokens(c->images) : 0 };
+    const struct keel_prompt_images *const images = c->images ? &list : NULL;
+    const uint32_t front = strstr(text, "<image>") ? 0 : s->n;
+    const size_t n_text = strlen(text);
+    char *all = malloc(n_text + 7 * (size_t)front + 1);
+    if (!all) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    text += chat && front ? strspn(text, " \t\r\n") : 0; // white space that the template strips from a content
+    for (uint32_t i = 0; i < front; i++) {
+        memcpy(all + 7 * (size_t)i, "<image>", 7);
+    }
+    strcpy(all + 7 * (size_t)front, text);
+    const struct keel_message m = { .role = "user", .content = all };
+    const keel_status st = chat ? keel_prompt_chat(c->model, &m, 1, true, images, out)
+                                : keel_prompt_encode(c->model, all, strlen(all), images, out);
+    free(all);
+    return st;
+}
+
+static keel_status run_once(struct context *c, const struct run_args *a, uint32_t n_ctx, const struct shown *s)
+{
+    struct answer r = { 0 };
+    struct keel_prompt p;
+    keel_status st = make_prompt(c, a->prompt, s, a->chat, &p);
+    if (st == KEEL_OK && p.n == 0) {
+        say(c, KEEL_LOG_ERROR, "the prompt is empty and the model has no BOS token");
+        st = KEEL_ERR_DATA;
+    }
+    if (st == KEEL_OK) {
+        st = generate(c, a, n_ctx, &p, &r);
+    }
+    if (st == KEEL_OK) {
+        report(c, a, p.n, &r);
+    }
+    answer_free(&r);
+    keel_prompt_finish(&p);
+    return st;
+}
+
+// --- chat ----------------------------------------------------------------------------------------
+
 // What stands between the last answer and the next question: the rest of the last answer that is not in the session yet
 // (its last token and the end of the turn), a newline, then the template of the next turn without its BOS.
-static keel_status next_turn(const struct context *c, const struct answer *last, uint32_t seen, const char *text, int32_t **out,
-                             size_t *n)
+static keel_status next_turn(const struct context *c, const struct answer *last, uint32_t seen, const char *text,
+                             const struct shown *s, struct keel_prompt *out)
 {
-    int32_t *turn = NULL, *newline = NULL;
-    size_t n_turn = 0, n_newline = 0, at = 0;
-    keel_status st = chat_ids(c, text, &turn, &n_turn);
+    struct keel_prompt turn = { 0 };
+    int32_t *newline = NULL;
+    size_t n_newline = 0;
+    uint32_t at = 0;
+    *out = (struct keel_prompt){ 0 };
+    keel_status st = make_prompt(c, text, s, true, &turn);
     if (st == KEEL_OK) {
         st = keel_encode(c->model, "\n", 1, &(struct keel_encode_params){ .bos = false }, &newline, &n_newline);
     }
-    int32_t *ids = st == KEEL_OK ? malloc((n_turn + n_newline + last->n + 1) * sizeof *ids) : NULL;
+    int32_t *ids = st == KEEL_OK ? malloc((turn.n + n_newline + last->n + 1) * sizeof *ids) : NULL;
     if (ids) {
         for (size_t i = seen; i < last->n; i++) {
             ids[at++] = last->ids[i];
         }
         ids[at++] = keel_token_eot(c->model);
         memcpy(ids + at, newline, n_newline * sizeof *ids);
-        at += n_newline;
-        const size_t skip = n_turn && turn[0] == keel_token_bos(c->model);
-        memcpy(ids + at, turn + skip, (n_turn - skip) * sizeof *ids);
-        *n = at + n_turn - skip;
-        *out = ids;
+        at += (uint32_t)n_newline;
+        const uint32_t skip = turn.n && turn.ids[0] == keel_token_bos(c->model);
+        memcpy(ids + at, turn.ids + skip, (turn.n - skip) * sizeof *ids);
+        for (uint32_t i = 0; i < turn.n_images; i++) {
+            turn.images[i].at += at - skip;
+        }
+        *out = (struct keel_prompt){ .ids = ids, .n = at + turn.n - skip, .images = turn.images, .n_images = turn.n_images };
+        turn.images = NULL;
     } else if (st == KEEL_OK) {
         st = KEEL_ERR_NO_MEMORY;
     }
-    free(turn);
+    keel_prompt_finish(&turn);
     free(newline);
     return st;
 }
 
-static keel_status run_chat(struct context *c, const struct run_args *a, uint32_t n_ctx)
+// "/image FILE": shown with the next question. A file that cannot be read is said and forgotten.
+static keel_status chat_image(struct context *c, const struct run_args *a, struct shown *s, char *path)
+{
+    path[strcspn(path, "\r\n")] = 0;
+    if (!c->images) {
+        say(c, KEEL_LOG_ERROR, "/image needs a vision tower: start with --mmproj");
+        return KEEL_OK;
+    }
+    keel_status st = show(c, s, path);
+    if (st == KEEL_OK && context_encode_images(c, &a->common) != KEEL_OK) {
+        s->n--;
+    }
+    return st;
+}
+
+static keel_status run_chat(struct context *c, const struct run_args *a, uint32_t n_ctx, struct shown *s)
 {
     char *line = NULL;
     size_t cap = 0;
@@ -202,8 +267,7 @@ static keel_status run_chat(struct context *c, const struct run_args *a, uint32_
     uint32_t base = 0; // session length when the last answer began
     const bool tty = isatty(STDIN_FILENO);
     while (st == KEEL_OK && !stop_asked()) {
-        int32_t *ids = NULL;
-        size_t n = 0;
+        struct keel_prompt p = { 0 };
         if (tty) {
             fputs("> ", stderr);
         }
@@ -213,30 +277,61 @@ static keel_status run_chat(struct context *c, const struct run_args *a, uint32_
         if (len < 0) {
             break;
         }
+        if (strncmp(line, "/image ", 7) == 0) {
+            st = chat_image(c, a, s, line + 7);
+            continue;
+        }
         if (strspn(line, " \t\r\n") == (size_t)len) {
             continue;
         }
         if (keel_session_length(c->session) == 0) {
-            st = chat_ids(c, line, &ids, &n);
+            st = make_prompt(c, line, s, true, &p);
         } else {
-            st = next_turn(c, &last, keel_session_length(c->session) - base, line, &ids, &n);
+            st = next_turn(c, &last, keel_session_length(c->session) - base, line, s, &p);
         }
-        if (st == KEEL_OK && keel_session_length(c->session) + n >= n_ctx) {
+        if (st == KEEL_ERR_DATA) { // images and their places do not agree: said; ask again
+            st = KEEL_OK;
+            continue;
+        }
+        if (st == KEEL_OK && keel_session_length(c->session) + p.n >= n_ctx) {
             say(c, KEEL_LOG_ERROR, "the conversation no longer fits %u tokens; start again or raise --ctx", n_ctx);
             st = KEEL_ERR_DATA;
         }
         if (st == KEEL_OK) {
+            s->n = 0;
             answer_free(&last);
-            base = keel_session_length(c->session) + (uint32_t)n;
-            st = generate(c, a, n_ctx, ids, n, &last);
+            base = keel_session_length(c->session) + p.n;
+            st = generate(c, a, n_ctx, &p, &last);
         }
         if (st == KEEL_OK) {
-            report(c, a, n, &last);
+            report(c, a, p.n, &last);
         }
-        free(ids);
+        keel_prompt_finish(&p);
     }
     answer_free(&last);
     free(line);
+    return st;
+}
+
+// Model, tower, device, then the images, and the weights last: a wrong path should not cost the start of a device, and tower
+// and weights do not share its memory.
+static keel_status load(struct context *c, const struct run_args *a, struct shown *s)
+{
+    keel_status st = context_open_model(c, &a->common);
+    for (size_t i = 0; st == KEEL_OK && i < a->image.n; i++) {
+        st = show(c, s, a->image.at[i]);
+    }
+    if (st == KEEL_OK) {
+        st = context_open_device(c, &a->common);
+    }
+    if (st == KEEL_OK) {
+        st = context_encode_images(c, &a->common);
+    }
+    if (st == KEEL_OK) {
+        const uint64_t start = now_ns();
+        st = keel_model_load(c->model, c->dev);
+        c->load_ns = now_ns() - start;
+    }
     return st;
 }
 
@@ -244,8 +339,13 @@ static int run_run(const void *args)
 {
     const struct run_args *a = args;
     struct context c = { 0 };
+    struct shown s = { 0 };
     uint32_t n_ctx = a->common.ctx;
-    keel_status st = context_load(&c, &a->common);
+    if (a->image.n && !a->common.mmproj) {
+        fprintf(stderr, "keel run: --image needs --mmproj, the model's vision tower\n");
+        return EXIT_USAGE;
+    }
+    keel_status st = load(&c, a, &s);
     if (st == KEEL_OK) {
         if (n_ctx == 0) {
             n_ctx = keel_model_info(c.model)->context < 4096 ? keel_model_info(c.model)->context : 4096;
@@ -254,8 +354,9 @@ static int run_run(const void *args)
     }
     if (st == KEEL_OK) {
         say(&c, KEEL_LOG_INFO, "loaded in %.1f s", (double)c.load_ns * 1e-9);
-        st = a->prompt ? run_once(&c, a, n_ctx) : run_chat(&c, a, n_ctx);
+        st = a->prompt ? run_once(&c, a, n_ctx, &s) : run_chat(&c, a, n_ctx, &s);
     }
+    free(s.embeds);
     return context_close(&c, st);
 }
 
@@ -269,6 +370,10 @@ static const struct arg_option options[] = {
       .help = "at most N tokens" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print {\"text\", \"ids\", \"tokens\", \"seconds\", ...}, not a stream" },
     OPTION_LORA,
+    { .type = ARG_HEAD, .help = "Images" },
+    OPTION_MMPROJ,
+    { .name = "--image", .type = ARG_LIST, .offset = AT(image), .value = "F",
+      .help = "show an image: at <image> in -p, else before the text; in a chat with the first turn" },
     { .type = ARG_HEAD, .help = "Sampling" },
     { .name = "--greedy", .type = ARG_FLAG, .offset = AT(greedy), .help = "always the likeliest token" },
     { .name = "--temp", .type = ARG_NUM, .offset = AT(temp), .value = "X", .def = "1.0", .min = 0, .max = 100,
@@ -290,6 +395,7 @@ static const struct arg_option options[] = {
 };
 const struct arg_command cmd_run = {
     .name = "run", .summary = "generate text, or chat", .usage = "-m MODEL [--lora A[:SCALE]]... [--chat] [-p TEXT] [-n N]",
-    .notes = "A prompt without --chat gets BOS. Generation stops at the end of the turn, at EOS, or after N tokens.",
+    .notes = "A prompt without --chat gets BOS. Generation stops at the end of the turn, at EOS, or after N tokens.\n"
+             "In a chat a line \"/image FILE\" shows a file with the next question.",
     .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct run_args), .run = run_run,
 };

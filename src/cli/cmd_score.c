@@ -25,54 +25,6 @@ static keel_status bad_row(const struct context *c, const char *what)
     return KEEL_ERR_DATA;
 }
 
-// The prompt's ids from "prompt" (text after BOS) or "messages" (chat template, open for the answer).
-static keel_status prompt_ids(const struct context *c, json_t *o, int32_t **ids, size_t *n)
-{
-    const json_t *prompt = json_object_get(o, "prompt"), *list = json_object_get(o, "messages");
-    if (!prompt == !list) {
-        return bad_row(c, "needs either \"prompt\" or \"messages\"");
-    }
-    if (prompt) {
-        if (!json_is_string(prompt)) {
-            return bad_row(c, "\"prompt\" must be a string");
-        }
-        return keel_encode(c->model, json_string_value(prompt), json_string_length(prompt), NULL, ids, n);
-    }
-    const size_t n_messages = json_array_size(list);
-    struct keel_message *m = n_messages ? calloc(n_messages, sizeof *m) : NULL;
-    if (!m) {
-        return bad_row(c, "\"messages\" must be a list of {\"role\", \"content\"}");
-    }
-    keel_status st = KEEL_OK;
-    for (size_t i = 0; i < n_messages && st == KEEL_OK; i++) {
-        m[i].role = json_string_value(json_object_get(json_array_get(list, i), "role"));
-        m[i].content = json_string_value(json_object_get(json_array_get(list, i), "content"));
-        if (!m[i].role || !m[i].content) {
-            st = bad_row(c, "\"messages\" must be a list of {\"role\", \"content\"}");
-        }
-    }
-    if (st == KEEL_OK) {
-        st = keel_chat_encode(c->model, m, n_messages, true, ids, NULL, n);
-    }
-    free(m);
-    return st;
-}
-
-static keel_status join(struct keel_score_row *row, const int32_t *a, size_t na, const int32_t *b, size_t nb)
-{
-    int32_t *ids = malloc((na + nb) * sizeof *ids);
-    row->logprobs = calloc(nb, sizeof *row->logprobs);
-    row->ids = ids;
-    if (!ids || !row->logprobs) {
-        return KEEL_ERR_NO_MEMORY;
-    }
-    memcpy(ids, a, na * sizeof *ids);
-    memcpy(ids + na, b, nb * sizeof *ids);
-    row->n = (uint32_t)(na + nb);
-    row->first = (uint32_t)na;
-    return KEEL_OK;
-}
-
 static keel_status grow(struct rows *rows)
 {
     if (rows->n < rows->cap) {
@@ -90,42 +42,43 @@ static keel_status grow(struct rows *rows)
     return KEEL_OK;
 }
 
-static keel_status add_row(const struct context *c, struct rows *rows, json_t *o)
+// `text`: the row as it stands in the file.
+static keel_status add_row(const struct context *c, struct rows *rows, json_t *o, const char *text, size_t len)
 {
     const json_t *completion = json_object_get(o, "completion");
-    int32_t *a = NULL, *b = NULL;
-    size_t na = 0, nb = 0;
+    struct keel_prompt p = { 0 };
     if (!json_is_string(completion)) {
         return bad_row(c, "\"completion\" is missing or no string");
     }
-    if (json_object_get(o, "images")) {
-        return bad_row(c, "\"images\": this version of keel reads text only");
-    }
     keel_status st = grow(rows);
     if (st == KEEL_OK) {
-        st = prompt_ids(c, o, &a, &na);
+        st = keel_prompt_row(&p, c->model, c->images, text, len, rows->name, true, &c->log);
+    }
+    const uint32_t first = p.n;
+    if (st == KEEL_OK) {
+        st = keel_prompt_complete(c->model, &p, json_string_value(completion), json_string_length(completion));
+    }
+    if (st == KEEL_OK && (first == 0 || p.n == first)) {
+        st = bad_row(c, p.n == first ? "\"completion\" is empty: nothing to score" : "\"prompt\" is empty");
+    }
+    const uint32_t limit = keel_model_info(c->model)->context;
+    if (st == KEEL_OK && p.n > limit) {
+        say(c, KEEL_LOG_ERROR, "the row has %u tokens, the model's context is %u; shorten it", p.n, limit);
+        st = KEEL_ERR_DATA;
+    }
+    float *logprobs = st == KEEL_OK ? calloc(p.n - first, sizeof *logprobs) : NULL;
+    if (st == KEEL_OK && !logprobs) {
+        st = KEEL_ERR_NO_MEMORY;
     }
     if (st == KEEL_OK) {
-        st = keel_encode(c->model, json_string_value(completion), json_string_length(completion),
-                         &(struct keel_encode_params){ .bos = false, .special = false }, &b, &nb);
+        rows->id[rows->n] = json_incref(json_object_get(o, "id"));
+        rows->row[rows->n++] = (struct keel_score_row){ .ids = p.ids, .n = p.n, .first = first, .logprobs = logprobs,
+                                                        .images = p.images, .n_images = p.n_images };
+        rows->longest = p.n > rows->longest ? p.n : rows->longest;
+        p.ids = NULL;
+        p.images = NULL;
     }
-    if (st == KEEL_OK && (na == 0 || nb == 0)) {
-        st = bad_row(c, nb == 0 ? "\"completion\" is empty: nothing to score" : "\"prompt\" is empty");
-    }
-    if (st == KEEL_OK) {
-        struct keel_score_row *row = &rows->row[rows->n];
-        *row = (struct keel_score_row){ 0 };
-        rows->id[rows->n++] = json_incref(json_object_get(o, "id"));
-        st = join(row, a, na, b, nb);
-        rows->longest = row->n > rows->longest ? row->n : rows->longest;
-        const uint32_t limit = keel_model_info(c->model)->context;
-        if (st == KEEL_OK && row->n > limit) {
-            say(c, KEEL_LOG_ERROR, "the row has %u tokens, the model's context is %u; shorten it", row->n, limit);
-            st = KEEL_ERR_DATA;
-        }
-    }
-    free(a);
-    free(b);
+    keel_prompt_finish(&p);
     return st;
 }
 
@@ -138,7 +91,7 @@ static keel_status read_row(const struct context *c, struct rows *rows, const ch
         json_decref(o);
         return st;
     }
-    const keel_status st = add_row(c, rows, o);
+    const keel_status st = add_row(c, rows, o, text, len);
     json_decref(o);
     return st;
 }
@@ -190,6 +143,7 @@ static void rows_free(struct rows *rows)
 {
     for (size_t i = 0; i < rows->n; i++) {
         free((void *)rows->row[i].ids);
+        free((void *)rows->row[i].images);
         free(rows->row[i].logprobs);
         json_decref(rows->id[i]);
     }
@@ -233,6 +187,9 @@ static int score_run(const void *args)
         st = context_open_device(&c, &a->common);
     }
     if (st == KEEL_OK) {
+        st = context_encode_images(&c, &a->common);
+    }
+    if (st == KEEL_OK) {
         st = keel_model_load(c.model, c.dev);
     }
     if (st == KEEL_OK) {
@@ -256,16 +213,17 @@ static int score_run(const void *args)
 static const struct arg_option options[] = {
     OPTION_MODEL,
     { .name = "--data", .type = ARG_STR, .offset = AT(data), .value = "IN.jsonl", .needed = true,
-      .help = "rows {\"id\", \"prompt\" or \"messages\", \"completion\"}; - is standard input" },
+      .help = "rows {\"id\", \"prompt\" or \"messages\", \"completion\", \"images\"?}; - is standard input" },
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "OUT.jsonl", .def = "-",
       .help = "rows {\"id\", \"logprob\", \"n_tokens\", \"token_ids\", \"token_logprobs\"}; - is standard output" },
     OPTION_LORA,
+    OPTION_MMPROJ,
     OPTIONS_SESSION,
     OPTIONS_DEVICE,
     OPTIONS_LOG,
 };
 const struct arg_command cmd_score = {
-    .name = "score", .summary = "log-likelihood of completions", .usage = "-m MODEL [--lora A] --data IN.jsonl --out OUT.jsonl",
+    .name = "score", .summary = "log-likelihood of completions", .usage = "-m MODEL [--lora A] [--mmproj P] --data IN.jsonl --out OUT.jsonl",
     .notes = "A prompt gets BOS; prompt and completion are tokenised apart and joined, as train does. Log-likelihoods are in nats.",
     .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct score_args),
     .run = score_run,

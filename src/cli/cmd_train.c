@@ -73,12 +73,22 @@ static void print_result(const struct context *c, const struct train_args *a, co
         r->seconds, r->first_loss, r->last_loss, r->seconds > 0 ? (double)r->tokens / r->seconds : 0, a->out);
 }
 
+// Before the model takes the device's memory.
+static keel_status encode_images(struct context *c, const struct train_args *a, const struct keel_train_data *data)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; c->images && st == KEEL_OK && i < a->data.n; i++) {
+        st = keel_images_scan(c->images, data[i].path, &c->log);
+    }
+    return st == KEEL_OK ? context_encode_images(c, &a->common) : st;
+}
+
 static int train(const struct train_args *a, const struct keel_train_data *data)
 {
     struct context c = { 0 };
     struct keel_train_result result;
     struct train_progress p = { .line = { .what = "train", .unit = "steps", .off = a->common.quiet } };
-    const struct keel_train_params params = {
+    struct keel_train_params params = {
         .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets,
         .lr = a->lr, .schedule = a->schedule, .warmup = a->warmup, .steps = a->steps, .epochs = a->epochs, .batch = a->batch,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
@@ -86,7 +96,17 @@ static int train(const struct train_args *a, const struct keel_train_data *data)
         .init_adapter = a->init_adapter, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
         .log = a->log, .on_step = on_step, .user = &p,
     };
-    keel_status st = context_load(&c, &a->common);
+    keel_status st = context_open_model(&c, &a->common);
+    if (st == KEEL_OK) {
+        st = context_open_device(&c, &a->common);
+    }
+    if (st == KEEL_OK) {
+        st = encode_images(&c, a, data);
+    }
+    if (st == KEEL_OK) {
+        st = keel_model_load(c.model, c.dev);
+    }
+    params.images = c.images;
     if (st == KEEL_OK) {
         st = keel_train(c.model, &params, &result);
         progress_end(&p.line);
@@ -121,7 +141,8 @@ static const char *const optimizers[] = { "adamw", NULL };
 static const struct arg_option options[] = {
     OPTION_MODEL,
     { .name = "--data", .type = ARG_LIST, .offset = AT(data), .value = "F[:WEIGHT]", .needed = true,
-      .help = "JSONL rows {\"prompt\", \"completion\", \"eos\"?} or {\"messages\"}; several are mixed by weight" },
+      .help = "JSONL rows {\"prompt\", \"completion\", \"eos\"?} or {\"messages\"}, with \"images\" if any; several are mixed by weight" },
+    OPTION_MMPROJ,
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "A", .needed = true,
       .help = "adapter to write: NAME.gguf, or a folder for PEFT" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the result as one JSON object" },

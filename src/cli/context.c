@@ -60,7 +60,11 @@ void say(const struct context *c, enum keel_log_level level, const char *fmt, ..
 keel_status context_open_model(struct context *c, const struct common *o)
 {
     c->log = cli_log(o);
-    return keel_model_open_as(&c->model, o->model, o->type, &c->log);
+    keel_status st = keel_model_open_as(&c->model, o->model, o->type, &c->log);
+    if (st == KEEL_OK && o->mmproj) {
+        st = keel_images_create(&c->images, c->model, o->mmproj, &c->log);
+    }
+    return st;
 }
 
 keel_status context_open_device(struct context *c, const struct common *o)
@@ -73,6 +77,17 @@ keel_status context_open_device(struct context *c, const struct common *o)
     };
     c->log = cli_log(o);
     return keel_device_create(&c->dev, &params, &c->log);
+}
+
+keel_status context_encode_images(struct context *c, const struct common *o)
+{
+    struct progress p = { .what = "images", .unit = "images", .off = o->quiet };
+    if (!c->images) {
+        return KEEL_OK;
+    }
+    const keel_status st = keel_images_encode(c->images, c->dev, progress_tokens, &p);
+    progress_end(&p);
+    return st;
 }
 
 keel_status context_load(struct context *c, const struct common *o)
@@ -128,6 +143,7 @@ int context_close(struct context *c, keel_status st)
         st = KEEL_ERR_DEVICE;
     }
     keel_session_destroy(&c->session);
+    keel_images_destroy(&c->images);
     keel_model_close(&c->model);
     keel_device_destroy(&c->dev);
     if (fflush(stdout) != 0 || ferror(stdout)) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // train/data.c: JSONL files to token rows with their loss places.
 #include "data.h"
+#include "models.h"
 #include "platform.h"
 
 #include <jansson.h>
@@ -14,94 +15,85 @@ void keel_train_row_finish(struct keel_train_row *row)
 {
     free(row->ids);
     free(row->mask);
+    free(row->images);
     *row = (struct keel_train_row){ 0 };
 }
 
-static keel_status make_raw(struct keel_train_row *out, const keel_model *model, const struct keel_row *row)
+// The tokens become the row's.
+static void adopt(struct keel_train_row *out, struct keel_prompt *prompt)
 {
-    const struct keel_encode_params with_bos = { .bos = true }, plain = { 0 };
+    out->ids = prompt->ids;
+    out->n = prompt->n;
+    out->images = prompt->images;
+    out->n_images = prompt->n_images;
+    prompt->ids = NULL;
+    prompt->images = NULL;
+}
+
+static keel_status add_end(struct keel_train_row *out, const keel_model *model, const struct keel_row *row)
+{
     keel_status st = KEEL_OK;
-    const char *prompt, *completion;
-    size_t prompt_len, completion_len, n_prompt = 0, n_completion = 0;
-    int32_t *head = NULL, *tail = NULL;
-    bool eos = false;
-    KEEL_TRY(keel_row_str(row, "prompt", &prompt, &prompt_len));
-    KEEL_TRY(keel_row_str(row, "completion", &completion, &completion_len));
-    KEEL_TRY(keel_row_opt_bool(row, "eos", &eos));
-    KEEL_TRY(keel_encode(model, prompt, prompt_len, &with_bos, &head, &n_prompt));
-    KEEL_TRY(keel_encode(model, completion, completion_len, &plain, &tail, &n_completion));
     const int32_t end = keel_token_eot(model) >= 0 ? keel_token_eot(model) : keel_token_eos(model);
-    if (eos && end < 0) {
+    if (end < 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA,
                   "%s:%llu: \"eos\" is true but the model has no end-of-turn token; remove the field",
                   LINE(row));
     }
-    const size_t n = n_prompt + n_completion + (eos ? 1 : 0);
-    if (n > UINT32_MAX) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the row is too long", LINE(row));
-    }
-    out->ids = malloc(KEEL_MAX(n, 1) * sizeof *out->ids);
-    if (!out->ids) {
+    int32_t *ids = realloc(out->ids, ((size_t)out->n + 1) * sizeof *ids);
+    if (!ids) {
         KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", LINE(row));
     }
-    if (n_prompt) {
-        memcpy(out->ids, head, n_prompt * sizeof *head);
-    }
-    if (n_completion) {
-        memcpy(out->ids + n_prompt, tail, n_completion * sizeof *tail);
-    }
-    if (eos) {
-        out->ids[n - 1] = end;
-    }
-    out->n = (uint32_t)n;
-    out->first = (uint32_t)n_prompt;
-    out->n_loss = out->n - out->first;
-    if (n_prompt == 0) {
+    out->ids = ids;
+    out->ids[out->n++] = end;
+out:
+    return st;
+}
+
+static keel_status make_raw(struct keel_train_row *out, const keel_model *model, keel_images *images,
+                            const struct keel_row *row)
+{
+    keel_status st = KEEL_OK;
+    const char *prompt, *completion;
+    size_t len;
+    struct keel_prompt p = { 0 };
+    bool eos = false;
+    KEEL_TRY(keel_row_str(row, "prompt", &prompt, NULL));
+    KEEL_TRY(keel_row_str(row, "completion", &completion, &len));
+    KEEL_TRY(keel_row_opt_bool(row, "eos", &eos));
+    KEEL_TRY(keel_row_prompt(&p, model, images, row, false));
+    out->first = p.n;
+    if (out->first == 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA,
                   "%s:%llu: the prompt is empty and the model has no BOS token, so nothing predicts the "
                   "first token; give a prompt",
                   LINE(row));
     }
+    st = keel_prompt_complete(model, &p, completion, len);
+    adopt(out, &p);
+    if (st != KEEL_OK) {
+        KEEL_FAIL(row->log, st, "%s:%llu: the completion cannot be used (reason above)", LINE(row));
+    }
+    if (eos) {
+        KEEL_TRY(add_end(out, model, row));
+    }
+    out->n_loss = out->n - out->first;
 out:
-    free(head);
-    free(tail);
+    keel_prompt_finish(&p);
     return st;
 }
 
-static keel_status make_chat(struct keel_train_row *out, const keel_model *model, const struct keel_row *row)
+static keel_status make_chat(struct keel_train_row *out, const keel_model *model, keel_images *images,
+                             const struct keel_row *row)
 {
     keel_status st = KEEL_OK;
     json_t *list = NULL;
-    struct keel_message *msgs = NULL;
-    size_t n = 0;
+    struct keel_prompt p = { 0 };
     KEEL_TRY(keel_row_array(row, "messages", &list));
-    const size_t n_msgs = json_array_size(list);
-    msgs = calloc(KEEL_MAX(n_msgs, 1), sizeof *msgs);
-    if (!msgs) {
-        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", LINE(row));
-    }
-    for (size_t i = 0; i < n_msgs; i++) {
-        const json_t *m = json_array_get(list, i), *role = json_object_get(m, "role"),
-                     *text = json_object_get(m, "content");
-        msgs[i] = (struct keel_message){ .role = json_string_value(role), .content = json_string_value(text) };
-        if (!msgs[i].role || !msgs[i].content) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                      "%s:%llu: message %zu needs \"role\" and \"content\", both strings", LINE(row), i + 1);
-        }
-        if (strlen(msgs[i].role) != json_string_length(role) ||
-            strlen(msgs[i].content) != json_string_length(text)) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA,
-                      "%s:%llu: message %zu holds a NUL character (\\u0000); remove it", LINE(row), i + 1);
-        }
-    }
-    st = keel_chat_encode(model, msgs, n_msgs, false, &out->ids, &out->mask, &n);
-    if (st != KEEL_OK) {
-        KEEL_FAIL(row->log, st, "%s:%llu: the messages do not form a chat (reason above)", LINE(row));
-    }
-    if (n > UINT32_MAX) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the row is too long", LINE(row));
-    }
-    out->n = out->first = (uint32_t)n;
+    KEEL_TRY(keel_row_prompt(&p, model, images, row, false));
+    adopt(out, &p);
+    out->mask = p.loss_mask;
+    p.loss_mask = NULL;
+    out->first = out->n;
     for (uint32_t i = 1; i < out->n; i++) {
         if (out->mask[i]) {
             out->first = KEEL_MIN(out->first, i);
@@ -109,7 +101,7 @@ static keel_status make_chat(struct keel_train_row *out, const keel_model *model
         }
     }
 out:
-    free(msgs);
+    keel_prompt_finish(&p);
     return st;
 }
 
@@ -120,16 +112,12 @@ static bool has(const struct keel_row *row, const char *field)
     return v && !json_is_null(v);
 }
 
-keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model,
+keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model, keel_images *images,
                                 const struct keel_row *row, uint32_t seq_len)
 {
     keel_status st = KEEL_OK;
     const bool chat = has(row, "messages");
     *out = (struct keel_train_row){ 0 };
-    if (has(row, "images")) {
-        KEEL_FAIL(row->log, KEEL_ERR_UNSUPPORTED,
-                  "%s:%llu: rows with \"images\" cannot be trained on yet; use text rows", LINE(row));
-    }
     if (chat && (has(row, "prompt") || has(row, "completion"))) {
         KEEL_FAIL(
             row->log, KEEL_ERR_DATA,
@@ -140,7 +128,7 @@ keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *mo
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: neither \"prompt\" and \"completion\" nor \"messages\"",
                   LINE(row));
     }
-    KEEL_TRY(chat ? make_chat(out, model, row) : make_raw(out, model, row));
+    KEEL_TRY(chat ? make_chat(out, model, images, row) : make_raw(out, model, images, row));
     if (out->n_loss == 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: nothing to learn: %s", LINE(row),
                   chat ? "no assistant message" : "the completion is empty and \"eos\" is not true");
@@ -178,7 +166,8 @@ static keel_status add_row(struct keel_train_set *set, struct keel_train_row row
 }
 
 static keel_status load_file(struct keel_train_set *set, struct keel_train_file *file,
-                             const keel_model *model, uint32_t seq_len, const keel_log *log)
+                             const keel_model *model, keel_images *images, uint32_t seq_len,
+                             const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_map map = { 0 };
@@ -193,7 +182,7 @@ static keel_status load_file(struct keel_train_set *set, struct keel_train_file 
         if (!row.object) {
             break;
         }
-        st = keel_train_row_make(&made, model, &row, seq_len);
+        st = keel_train_row_make(&made, model, images, &row, seq_len);
         json_decref(row.object);
         if (st != KEEL_OK) {
             goto out;
@@ -211,7 +200,7 @@ out:
     return st;
 }
 
-keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model,
+keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model, keel_images *images,
                                 const struct keel_train_data *data, size_t n_data, uint32_t seq_len,
                                 const keel_log *log)
 {
@@ -229,7 +218,7 @@ keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *mo
     for (size_t i = 0; i < n_data; i++) {
         set->files[i].path = data[i].path;
         set->files[i].share = (double)data[i].weight / sum;
-        KEEL_TRY(load_file(set, &set->files[i], model, seq_len, log));
+        KEEL_TRY(load_file(set, &set->files[i], model, images, seq_len, log));
     }
 out:
     if (st != KEEL_OK) {

@@ -7,6 +7,7 @@
 #include "base.h"
 #include "formats.h"
 
+#include <keel/images.h>
 #include <keel/train.h>
 
 struct keel_train_row {
@@ -15,6 +16,8 @@ struct keel_train_row {
     uint32_t n;
     uint32_t first; // first token that counts, at least 1
     uint32_t n_loss;
+    struct keel_image_tokens *images; // [n_images], owned; what they point at is not
+    uint32_t n_images;
 };
 
 struct keel_train_file {
@@ -40,16 +43,17 @@ struct keel_train_set {
 //     vocabulary has no such token);
 //   {"messages": [{"role", "content"}]}: the chat template; the contents of assistant turns and the end of
 //   each such turn count.
-// `model` needs no weights. Errors, as FILE:LINE: DATA (malformed, longer than seq_len, nothing counts, no
-// rows), IO, NO_MEMORY.
-keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model,
+// Both may have images (keel/images.h), which must be encoded before training; NULL `images`: rows with images
+// are errors. `model` needs no weights. Errors, as FILE:LINE: DATA (malformed, longer than seq_len, nothing
+// counts, no rows), IO, NO_MEMORY.
+keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *model, keel_images *images,
                                 const struct keel_train_data *data, size_t n_data, uint32_t seq_len,
                                 const keel_log *log);
 void keel_train_set_finish(struct keel_train_set *set); // accepts all-zero
 
 // Turns one parsed row into tokens; the part of the above that knows the fields. `out` is owned by the caller
 // on success.
-keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model,
+keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model, keel_images *images,
                                 const struct keel_row *row, uint32_t seq_len);
 void keel_train_row_finish(struct keel_train_row *row);
 

@@ -29,6 +29,7 @@ struct run {
     struct keel_row_order order;
     enum keel_schedule schedule;
     uint32_t targets;
+    uint64_t images_hash; // 0: no images
     float alpha;
     uint64_t n_steps, per_step, all_rows; // rows of a full step; rows of the whole run
     char *state_dir, *state_path;
@@ -191,6 +192,7 @@ static keel_status check_plan(struct run *r)
     const struct keel_plan_params want = { .train_rank = r->p->rank,
                                            .train_tokens = (uint32_t)tokens,
                                            .train_row = r->set.longest,
+                                           .images = r->p->images != NULL,
                                            .targets = r->p->targets };
     KEEL_TRY(keel_model_plan(r->model, &want, &plan));
     for (uint32_t i = 0; i < plan.n_rows; i++) {
@@ -238,6 +240,9 @@ static void collect_options(struct run *r)
     option_add(r, "model hash", "%016llx", (unsigned long long)keel_model_hash(r->model));
     option_add(r, "data hash", "%016llx", (unsigned long long)r->set.hash);
     option_add(r, "hash of data weights", "%016llx", (unsigned long long)(p->n_data > 1 ? weights : 0));
+    if (r->images_hash) {
+        option_add(r, "images hash", "%016llx", (unsigned long long)r->images_hash);
+    }
     option_add(r, "--rank", "%u", p->rank);
     option_add(r, "--alpha", "%.9g", (double)r->alpha);
     option_add(r, "--targets", "%s", p->targets);
@@ -258,6 +263,18 @@ static void collect_options(struct run *r)
     option_add(r, "--grad-clip", "%.17g", p->grad_clip);
     option_add(r, "--init-adapter", "%s", p->init_adapter ? p->init_adapter : "");
     r->state.options = r->option;
+}
+
+// Those that the caller has not encoded; the tower gives its memory back before training takes it.
+static keel_status encode_images(struct run *r)
+{
+    keel_status st = KEEL_OK;
+    if (r->p->images) {
+        KEEL_TRY(keel_images_encode(r->p->images, r->dev, NULL, NULL));
+        r->images_hash = keel_images_hash(r->p->images);
+    }
+out:
+    return st;
 }
 
 static keel_status plan_steps(struct run *r)
@@ -385,7 +402,8 @@ static uint32_t draw_rows(struct run *r, struct keel_step_info *info)
     for (uint32_t i = 0; i < n; i++) {
         const struct keel_train_row *row = &r->set.rows[keel_row_order_next(&r->order)];
         r->seqs[i] =
-            (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask };
+            (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask,
+                               .images = row->images, .n_images = row->n_images };
         info->tokens += row->n;
         info->loss_tokens += row->n_loss;
     }
@@ -547,10 +565,12 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
     r->log = log;
     r->p = params;
     KEEL_TRY(check_params(r));
-    KEEL_TRY(keel_train_set_load(&r->set, model, params->data, params->n_data, params->seq_len, log));
+    KEEL_TRY(keel_train_set_load(&r->set, model, params->images, params->data, params->n_data,
+                                 params->seq_len, log));
     KEEL_TRY(check_plan(r));
     KEEL_TRY(check_outputs(r));
     KEEL_TRY(plan_steps(r));
+    KEEL_TRY(encode_images(r));
     KEEL_TRY(create_buffers(r));
     KEEL_TRY(start(r));
     st = run_steps(r);

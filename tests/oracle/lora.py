@@ -169,17 +169,19 @@ def step_loss(model, batch):
     return total
 
 
-def train(ref, adapter, alpha, steps, lrs, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=0.0):
-    """Trains `adapter` with one optimiser step for each list of rows in `steps` and each rate in `lrs`.
+def train(ref, adapter, alpha, steps, lrs, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, clip=0.0, loss_of=None):
+    """Trains `adapter` with one optimiser step for each list of rows in `steps` and each rate in `lrs`. loss_of(model, rows): the loss
+    of a step's rows, adding to .grad; without it that of text rows.
     Returns {"loss", "grad_norm" per step, "grads": step 1's {(layer, target): (gA, gB)}, "adapter": the result}."""
     out = {"loss": [], "grad_norm": [], "grads": None}
+    loss_of = loss_of or (lambda model, rows: step_loss(model, [row_ids(ref.tok, r) for r in rows]))
     with attached(ref, adapter, alpha) as model:
         params = lora_params(model, adapter)
         flat = [p for ab in params.values() for p in ab]
         opt = torch.optim.AdamW(flat, lr=1.0, betas=betas, eps=eps, weight_decay=weight_decay)
         for rows, lr in zip(steps, lrs, strict=True):
             opt.zero_grad()
-            out["loss"].append(step_loss(model, [row_ids(ref.tok, r) for r in rows]))
+            out["loss"].append(loss_of(model, rows))
             if out["grads"] is None:
                 out["grads"] = {k: (a.grad.numpy().copy(), b.grad.numpy().copy()) for k, (a, b) in params.items()}
             norm = float(torch.sqrt(sum(p.grad.double().pow(2).sum() for p in flat)))

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// keel/images.h: prompts with images in them.
+// keel/images.h: prompts with images in them, and the images of a run.
 //
 // A prompt is tokens and the places of its images' soft tokens. In a text "<image>" stands for an image; it becomes what
 // transformers' Gemma3Processor makes of it: two newlines, <start_of_image>, the soft tokens, <end_of_image>, two newlines,
 // tokenised together with the text around.
-// Thread safety: any thread.
+// Thread safety: one thread at a time for a keel_images; prompts from any thread.
 #ifndef KEEL_IMAGES_H
 #define KEEL_IMAGES_H
 
@@ -41,6 +41,38 @@ KEEL_API keel_status keel_prompt_chat(const keel_model *model, const struct keel
 // { .ids, .n, .first = n before, .images, .n_images }. Errors: DATA, NO_MEMORY.
 KEEL_API keel_status keel_prompt_complete(const keel_model *model, struct keel_prompt *prompt, const char *text, size_t len);
 KEEL_API void keel_prompt_finish(struct keel_prompt *prompt); // accepts all-zero
+
+// --- the images of a run -------------------------------------------------------------------------
+
+// Every image file once, with room for its soft tokens in host memory, and the vision tower that fills it.
+typedef struct keel_images keel_images;
+
+// Opens the tower; no device is needed yet. `log` outlives it. Errors: as keel_vision_open().
+KEEL_API keel_status keel_images_create(keel_images **out, const keel_model *model, const char *mmproj, const keel_log *log);
+KEEL_API void keel_images_destroy(keel_images **images); // accepts NULL and pointers to NULL; prompts with its images die with it
+KEEL_API uint32_t keel_images_tokens(const keel_images *images); // soft tokens an image
+// Takes note of a file. *embeds, valid as long as `images`, is filled in by keel_images_encode(). Errors: NO_MEMORY.
+KEEL_API keel_status keel_images_add(keel_images *images, const char *path, const float **embeds);
+// Adds all images that the rows of a JSONL file name, so that they can be encoded before a model takes the device's memory.
+// Errors: as keel_prompt_row(), with FILE:LINE.
+KEEL_API keel_status keel_images_scan(keel_images *images, const char *jsonl, const keel_log *log);
+// Encodes what was added and is not encoded yet, then releases the tower's device memory. `progress`, unless NULL, is told images
+// done and in total; returning false stops with INTERRUPTED. Errors: as keel_vision_encode(), at the first file that cannot be
+// read; it is passed over from then on, until it is added again.
+KEEL_API keel_status keel_images_encode(keel_images *images, keel_device *dev,
+                                        bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+// Of the soft tokens of all images encoded so far, in the order they were added, and of the tower.
+KEEL_API uint64_t keel_images_hash(const keel_images *images);
+
+// The prompt of one row of a data file, given as JSON text:
+//   {"prompt": text with "<image>"s, "images": [path, ...]} or
+//   {"messages": [{"role", "content"}], "images"?: [...]}, where a content is a text with "<image>"s or a list of parts
+//   {"type": "text", "text"} / {"type": "image", "image": path} / {"type": "image_url", "image_url": {"url": path}}; an image
+//   part without a path takes the next of "images".
+// Relative paths start at the folder of `file`, the row's file ("-" or NULL: the current folder). `open`: as keel_chat_encode().
+// NULL images: a row with images is an error. Errors: DATA, UNSUPPORTED, IO (a file is missing), NO_MEMORY.
+KEEL_API keel_status keel_prompt_row(struct keel_prompt *out, const keel_model *model, keel_images *images, const char *json,
+                                     size_t len, const char *file, bool open, const keel_log *log);
 
 #ifdef __cplusplus
 }

@@ -84,6 +84,7 @@ struct keel_plan_params {
     uint32_t train_tokens; // tokens of one micro-batch (batch × longest row)
     uint32_t train_row;    // longest row
     const char *targets; // as keel_train_params.targets
+    bool images;         // rows or prompts with images: room for their soft tokens
 };
 struct keel_plan_row {
     const char *what; // "weights", "embedding/head", "kv cache", "activations", "LoRA weights", ...

@@ -3,14 +3,14 @@
 #ifndef KEEL_TRAIN_H
 #define KEEL_TRAIN_H
 
-#include <keel/model.h>
+#include <keel/images.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 struct keel_train_data {
-    const char *path; // JSONL: {"prompt","completion","eos"?} or {"messages":[{"role","content"}]}
+    const char *path; // JSONL: {"prompt","completion","eos"?} or {"messages":[{"role","content"}]}, with images as in images.h
     float weight;     // share of rows drawn from this file; 1 for a single file. Rows of file i are drawn in proportion to weight_i
 };
 
@@ -43,6 +43,7 @@ struct keel_train_params {
     double beta1, beta2, eps, weight_decay;
     double grad_clip;         // 0: no clipping
     const char *init_adapter; // start from this adapter, or NULL
+    keel_images *images;      // for rows with images, or NULL; images that are not encoded yet are, before the first step
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
     uint64_t save_every;      // steps between states; 0: only at the end and on a stop

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+// models/images.c: the images of a run: each file once, its soft tokens in host memory, filled in by the vision tower.
+// Owns the tower. Addresses of tokens never change, so that rows can point at them before they are known.
+#include "models.h"
+#include "platform.h"
+
+#include <keel/vision.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+struct image {
+    char *path;
+    uint64_t hash;  // of the path
+    float *embeds;  // [n_tokens, width]
+    bool done, failed;
+};
+
+struct keel_images {
+    const keel_log *log;
+    keel_vision *vision;
+    uint32_t n_tokens, width;
+    struct image *at;
+    size_t n, cap;
+};
+
+keel_status keel_images_create(keel_images **out, const keel_model *model, const char *mmproj, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    keel_images *s = calloc(1, sizeof *s);
+    *out = NULL;
+    if (!s) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for images");
+    }
+    s->log = log;
+    KEEL_TRY(keel_vision_open(&s->vision, mmproj, model, log));
+    s->n_tokens = keel_vision_info(s->vision)->n_tokens;
+    s->width = keel_vision_info(s->vision)->out_width;
+    *out = s;
+    s = NULL;
+out:
+    keel_images_destroy(&s);
+    return st;
+}
+
+void keel_images_destroy(keel_images **images)
+{
+    keel_images *s = images ? *images : NULL;
+    if (!s) {
+        return;
+    }
+    for (size_t i = 0; i < s->n; i++) {
+        free(s->at[i].path);
+        free(s->at[i].embeds);
+    }
+    free(s->at);
+    keel_vision_close(&s->vision);
+    free(s);
+    *images = NULL;
+}
+
+uint32_t keel_images_tokens(const keel_images *images)
+{
+    return images->n_tokens;
+}
+
+keel_status keel_images_add(keel_images *s, const char *path, const float **embeds)
+{
+    keel_status st = KEEL_OK;
+    const uint64_t hash = keel_hash(KEEL_HASH_INIT, path, strlen(path));
+    struct image im = { .path = NULL, .hash = hash };
+    *embeds = NULL;
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].hash == hash && strcmp(s->at[i].path, path) == 0) {
+            *embeds = s->at[i].embeds;
+            s->at[i].failed = false;
+            return KEEL_OK;
+        }
+    }
+    if (s->n == s->cap) {
+        const size_t cap = s->cap ? s->cap * 2 : 16;
+        struct image *at = realloc(s->at, cap * sizeof *at);
+        if (!at) {
+            KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for %zu images", cap);
+        }
+        s->at = at;
+        s->cap = cap;
+    }
+    im.path = strdup(path);
+    im.embeds = malloc((size_t)s->n_tokens * s->width * sizeof *im.embeds);
+    if (!im.path || !im.embeds) {
+        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the soft tokens of %zu images", path, s->n + 1);
+    }
+    *embeds = im.embeds;
+    s->at[s->n++] = im;
+    im = (struct image){ 0 };
+out:
+    free(im.path);
+    free(im.embeds);
+    return st;
+}
+
+keel_status keel_images_encode(keel_images *s, keel_device *dev, bool (*progress)(void *user, uint64_t done, uint64_t total),
+                               void *user)
+{
+    keel_status st = KEEL_OK;
+    uint64_t total = 0, done = 0;
+    for (size_t i = 0; i < s->n; i++) {
+        total += !s->at[i].done && !s->at[i].failed;
+    }
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].done || s->at[i].failed) {
+            continue;
+        }
+        st = keel_vision_encode(s->vision, dev, s->at[i].path, s->at[i].embeds);
+        s->at[i].done = st == KEEL_OK;
+        s->at[i].failed = st != KEEL_OK;
+        KEEL_TRY(st);
+        done++;
+        if ((progress && !progress(user, done, total)) || keel_interrupted()) {
+            st = KEEL_INTERRUPTED;
+            goto out;
+        }
+    }
+out:
+    keel_vision_unload(s->vision);
+    return st;
+}
+
+uint64_t keel_images_hash(const keel_images *s)
+{
+    uint64_t hash = KEEL_HASH_INIT;
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].done) {
+            hash = keel_hash(hash, s->at[i].embeds, (size_t)s->n_tokens * s->width * sizeof *s->at[i].embeds);
+        }
+    }
+    return hash;
+}
