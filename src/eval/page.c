@@ -284,18 +284,26 @@ static void add_answer(struct keel_text *t, const struct keel_item *item)
     add(t, "</td>");
 }
 
+// The images, then the text without their placeholders.
 static void add_prompt(struct keel_text *t, const char *folder, const struct keel_item *item)
 {
-    size_t i;
-    json_t *image;
+    static const char mark[] = "<image>";
+    const json_t *images = json_object_get(item->object, "images");
+    struct keel_text text = { 0 };
     add(t, "<tr><td class=x>");
-    json_array_foreach(json_object_get(item->object, "images"), i, image)
-    {
-        if (json_is_string(image)) {
-            add_image(t, folder, json_string_value(image));
+    for (size_t i = 0; i < json_array_size(images); i++) {
+        const char *name = json_string_value(json_array_get(images, i));
+        if (name) {
+            add_image(t, folder, name);
         }
     }
-    keel_html_escape(t, item->prompt);
+    for (const char *s = item->prompt, *at; *s; s = at) {
+        at = json_array_size(images) > 0 ? strstr(s, mark) : NULL;
+        keel_text_add(&text, s, at ? (size_t)(at - s) : strlen(s));
+        at = at ? at + sizeof mark - 1 : s + strlen(s);
+    }
+    keel_html_escape(t, text.data ? text.data : "");
+    keel_text_finish(&text);
     add(t, "</td>");
 }
 

@@ -5,6 +5,7 @@
 
 #include "eval.h"
 #include "platform.h"
+#include "probes.h"
 
 #include <keel/keel.h>
 
@@ -39,22 +40,42 @@ static keel_status hash_file(uint64_t *hash, const char *path, const keel_log *l
     struct keel_map map;
     const keel_status st = keel_map_open(&map, path, log);
     if (st == KEEL_OK) {
-        *hash = keel_hash(KEEL_HASH_INIT, map.data, map.len_bytes);
+        *hash = keel_hash(*hash, map.data, map.len_bytes);
         keel_map_close(&map);
     }
     return st;
 }
 
-static keel_status add_data(json_t *list, const char *folder, const char *name, const keel_log *log)
+// Chains the bytes of every image that the rows name.
+static keel_status hash_images(uint64_t *hash, const char *path, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_probes rows;
+    KEEL_TRY(keel_probes_read(&rows, path, NULL, false, log));
+    for (size_t i = 0; i < keel_probes_count(&rows); i++) {
+        const json_t *files = json_object_get(json_array_get(rows.rows, i), KEEL_ROW_FILES);
+        for (size_t k = 0; k < json_array_size(files); k++) {
+            KEEL_TRY(hash_file(hash, json_string_value(json_array_get(files, k)), log));
+        }
+    }
+out:
+    keel_probes_finish(&rows);
+    return st;
+}
+
+static keel_status add_data(json_t *list, const char *folder, const char *name, bool rows, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     char path[4200], hex[20];
-    uint64_t h;
-    if (!name) {
+    uint64_t h = KEEL_HASH_INIT;
+    if (!name || !name[0]) {
         return KEEL_OK;
     }
     keel_study_path(path, folder, name);
     KEEL_TRY(hash_file(&h, path, log));
+    if (rows) {
+        KEEL_TRY(hash_images(&h, path, log));
+    }
     snprintf(hex, sizeof hex, "%016" PRIx64, h);
     json_array_append_new(list, json_pack("{s:s, s:s}", "file", name, "hash", hex));
 out:
@@ -68,11 +89,12 @@ static keel_status list_data(json_t **out, const struct study_origin *o, const k
     const char *const eval[] = { f->train.filler, f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
     *out = json_array();
     for (unsigned i = 0; i < f->train.data_count; i++) {
-        KEEL_TRY(add_data(*out, o->folder, f->train.data[i].file, log));
+        KEEL_TRY(add_data(*out, o->folder, f->train.data[i].file, true, log));
     }
     for (size_t i = 0; i < KEEL_COUNT(eval); i++) {
-        KEEL_TRY(add_data(*out, o->folder, eval[i], log));
+        KEEL_TRY(add_data(*out, o->folder, eval[i], true, log));
     }
+    KEEL_TRY(add_data(*out, ".", o->mmproj_path, false, log));
 out:
     return st;
 }

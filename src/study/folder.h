@@ -20,7 +20,7 @@ struct study_folder {
 // `folder`: where its data paths start. Two runs with equal "run" may share a folder. A new reference in *out. Errors: IO, NO_MEMORY.
 struct study_origin {
     const struct study_file *file;
-    const char *folder, *config, *model_path;
+    const char *folder, *config, *model_path, *mmproj_path; // the last may be ""
     keel_model *model;
     keel_device *dev;
 };

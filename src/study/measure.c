@@ -10,7 +10,7 @@ keel_status keel_measure_margin(const struct keel_measure *m, const char *in, co
     static const char *const fields[] = { "chosen", "rejected" };
     keel_status st = KEEL_OK;
     struct keel_probes p;
-    KEEL_TRY(keel_probes_read(&p, in, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
     for (size_t i = 0; i < 2 * keel_probes_count(&p); i++) {
         const struct keel_row row = keel_probes_row(&p, i / 2);
         struct keel_probe_parts parts = { .name = fields[i % 2] };
@@ -23,10 +23,10 @@ keel_status keel_measure_margin(const struct keel_measure *m, const char *in, co
         const struct keel_probe_seq *yes = &p.seq[2 * i], *no = &p.seq[2 * i + 1];
         const double a = keel_probe_sum(yes), b = keel_probe_sum(no);
         json_object_set_new(row, "logprob_chosen", json_real(a));
-        json_object_set_new(row, "n_chosen", json_integer(yes->n - yes->first));
+        json_object_set_new(row, "n_chosen", json_integer(keel_probe_count(yes)));
         json_object_set_new(row, "logprob_rejected", json_real(b));
-        json_object_set_new(row, "n_rejected", json_integer(no->n - no->first));
-        json_object_set_new(row, "margin", json_real(a / (yes->n - yes->first) - b / (no->n - no->first)));
+        json_object_set_new(row, "n_rejected", json_integer(keel_probe_count(no)));
+        json_object_set_new(row, "margin", json_real(a / (keel_probe_count(yes)) - b / (keel_probe_count(no))));
     }
     KEEL_TRY(keel_probes_write(p.rows, out, m->log));
 out:
@@ -38,7 +38,7 @@ keel_status keel_measure_narrow(const struct keel_measure *m, const char *in, co
 {
     keel_status st = KEEL_OK;
     struct keel_probes p;
-    KEEL_TRY(keel_probes_read(&p, in, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
     for (size_t i = 0; i < keel_probes_count(&p); i++) {
         const struct keel_row row = keel_probes_row(&p, i);
         struct keel_probe_parts parts = { .name = "completion" };
@@ -49,7 +49,7 @@ keel_status keel_measure_narrow(const struct keel_measure *m, const char *in, co
     for (size_t i = 0; i < keel_probes_count(&p); i++) {
         json_t *row = json_array_get(p.rows, i);
         json_object_set_new(row, "logprob", json_real(keel_probe_sum(&p.seq[i])));
-        json_object_set_new(row, "n_tokens", json_integer(p.seq[i].n - p.seq[i].first));
+        json_object_set_new(row, "n_tokens", json_integer(keel_probe_count(&p.seq[i])));
     }
     KEEL_TRY(keel_probes_write(p.rows, out, m->log));
 out:
@@ -64,13 +64,14 @@ static keel_status answer(const struct keel_measure *m, const struct keel_row *r
 {
     static const struct keel_sample_params greedy = { KEEL_SAMPLE_DEFAULTS .temperature = 0.0f };
     keel_status st = KEEL_OK;
-    int32_t *ids = NULL;
-    size_t n;
+    struct keel_prompt prompt = { 0 };
+    struct keel_image_store store = { 0 };
     struct keel_text text = { 0 };
     json_t *list = json_array();
-    KEEL_TRY(keel_probe_prompt(m, row, &ids, &n));
+    KEEL_TRY(keel_probe_prompt(m, row, &prompt));
+    KEEL_TRY(keel_image_store_fill(&store, m, &prompt, json_object_get(row->object, KEEL_ROW_FILES)));
     keel_session_reset(m->session);
-    KEEL_TRY(keel_session_append(m->session, ids, n));
+    KEEL_TRY(keel_session_append_images(m->session, prompt.ids, prompt.n, prompt.images, prompt.n_images));
     for (uint32_t i = 0; i < n_tokens; i++) {
         int32_t id;
         size_t len;
@@ -97,7 +98,8 @@ static keel_status answer(const struct keel_measure *m, const struct keel_row *r
 out:
     json_decref(list);
     keel_text_finish(&text);
-    free(ids);
+    keel_image_store_finish(&store);
+    keel_prompt_finish(&prompt);
     return st;
 }
 
@@ -127,7 +129,7 @@ keel_status keel_measure_answers(const struct keel_measure *m, const char *in, c
     keel_status st = KEEL_OK;
     struct keel_probes p;
     size_t *which = NULL;
-    KEEL_TRY(keel_probes_read(&p, in, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
     const size_t n = max_rows > 0 ? KEEL_MIN(max_rows, keel_probes_count(&p)) : keel_probes_count(&p);
     which = calloc(n, sizeof *which);
     if (!which) {
@@ -144,13 +146,16 @@ out:
 }
 
 keel_status keel_measure_examples(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows,
-                                  uint64_t seed)
+                                  uint64_t seed, const char *keep)
 {
     keel_status st = KEEL_OK;
     struct keel_probes p;
     size_t n, *which = NULL;
-    KEEL_TRY(keel_probes_read(&p, in, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
     KEEL_TRY(keel_probes_spread(&p, max_rows, seed, &which, &n));
+    for (size_t i = 0; i < n; i++) {
+        KEEL_TRY(keel_row_keep_images(json_array_get(p.rows, which[i]), i, keep, m->log));
+    }
     KEEL_TRY(answer_rows(m, &p, which, n, n_tokens, out));
 out:
     free(which);
@@ -168,12 +173,13 @@ static keel_status add_answer(struct keel_probes *p, const struct keel_measure *
     return keel_probes_add(p, m, &row, &(struct keel_probe_parts){ .more = json_object_get(json_array_get(p->rows, from), "ids") });
 }
 
-keel_status keel_measure_relevance(const struct keel_measure *m, const char *answers, const char *out, uint32_t max_rows, uint64_t seed)
+keel_status keel_measure_relevance(const struct keel_measure *m, const char *answers, const char *origin, const char *out, uint32_t max_rows,
+                                   uint64_t seed)
 {
     keel_status st = KEEL_OK;
     struct keel_probes p;
     struct keel_rng rng = keel_rng_make(seed, 2000);
-    KEEL_TRY(keel_probes_read(&p, answers, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, answers, origin, true, m->log));
     while (max_rows > 0 && keel_probes_count(&p) > max_rows) {
         json_array_remove(p.rows, keel_probes_count(&p) - 1);
     }
@@ -188,7 +194,7 @@ keel_status keel_measure_relevance(const struct keel_measure *m, const char *ans
     for (uint32_t i = 0; i < n; i++) {
         json_t *row = json_array_get(p.rows, i);
         const struct keel_probe_seq *own = &p.seq[(size_t)i * (1 + others)];
-        const double tokens = own->n - own->first;
+        const double tokens = keel_probe_count(own);
         double other = 0;
         for (uint32_t k = 1; k <= others; k++) {
             other += keel_probe_sum(own + k) / others;
@@ -211,18 +217,18 @@ static json_t *float_list(const float *x, uint32_t n)
     return list;
 }
 
-keel_status keel_measure_kl(const struct keel_measure *m, const char *answers, const char *out)
+keel_status keel_measure_kl(const struct keel_measure *m, const char *answers, const char *origin, const char *out)
 {
     keel_status st = KEEL_OK;
     struct keel_probes p;
-    KEEL_TRY(keel_probes_read(&p, answers, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, answers, origin, true, m->log));
     for (size_t i = 0; i < keel_probes_count(&p); i++) {
         KEEL_TRY(add_answer(&p, m, i, i));
     }
     KEEL_TRY(keel_probes_divergence(&p, m));
     for (size_t i = 0; i < p.n_seq; i++) {
         json_t *row = json_array_get(p.rows, i);
-        const uint32_t n = p.seq[i].n - p.seq[i].first;
+        const uint32_t n = keel_probe_count(&p.seq[i]);
         json_object_del(row, "text");
         json_object_set_new(row, "n", json_integer(n));
         json_object_set_new(row, "kl", float_list(p.seq[i].a, n));

@@ -6,10 +6,12 @@
 #include "base.h"
 
 #include <keel/session.h>
+#include <keel/vision.h>
 
 struct keel_measure {
     keel_session *session;
     const keel_model *model;
+    keel_vision *vision; // of rows with images, or NULL
     bool chat; // a "prompt" is one user turn of the chat template, not plain text
     bool (*progress)(void *user, uint64_t done, uint64_t total); // told tokens; false stops with INTERRUPTED. May be NULL
     void *user;
@@ -34,13 +36,15 @@ struct keel_measure_slots {
 keel_status keel_measure_slots(const struct keel_measure *m, const char *in, const char *out, const struct keel_measure_slots *how);
 // Greedy answers to the first `max_rows` prompts (0: all) of {"id","prompt","domain"?}: adds "ids" and "text".
 keel_status keel_measure_answers(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows);
-// Greedy answers to `max_rows` of the slot probes, taken from each domain and modality in turn.
+// Greedy answers to `max_rows` of the slot probes, taken from each domain and modality in turn. The records name copies of the images
+// below `keep`, which are made; with NULL they are there already.
 keel_status keel_measure_examples(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows,
-                                  uint64_t seed);
-// Of `answers` (as keel_measure_answers() wrote them), under m->session: "nll" a token, and "relevance": the mean log-probability of
+                                  uint64_t seed, const char *keep);
+// Of `answers` (as keel_measure_answers() wrote them for the rows of `origin`), under m->session: "nll" a token, and "relevance": the mean log-probability of
 // an answer after its own prompt minus that after other rows' prompts, a token (M10). The first `max_rows` rows (0: all).
-keel_status keel_measure_relevance(const struct keel_measure *m, const char *answers, const char *out, uint32_t max_rows, uint64_t seed);
+keel_status keel_measure_relevance(const struct keel_measure *m, const char *answers, const char *origin, const char *out, uint32_t max_rows,
+                                   uint64_t seed);
 // Divergence of the session's adapted model from the base on `answers`: {"id","prompt","domain","n","kl","kl_reverse"}.
-keel_status keel_measure_kl(const struct keel_measure *m, const char *answers, const char *out);
+keel_status keel_measure_kl(const struct keel_measure *m, const char *answers, const char *origin, const char *out);
 
 #endif

@@ -16,7 +16,8 @@
 void keel_probes_finish(struct keel_probes *p)
 {
     for (size_t i = 0; i < p->n_seq; i++) {
-        free(p->seq[i].ids);
+        keel_prompt_finish(&p->seq[i].prompt);
+        json_decref(p->seq[i].files);
         free(p->seq[i].a);
         free(p->seq[i].b);
     }
@@ -56,10 +57,23 @@ out:
 static void set_prompt(json_t *row)
 {
     const json_t *messages = json_object_get(row, "messages");
-    const json_t *last = json_array_get(messages, json_array_size(messages) - 1);
-    if (!json_object_get(row, "prompt") && json_is_string(json_object_get(last, "content"))) {
-        json_object_set(row, "prompt", json_object_get(last, "content"));
+    json_t *content = json_object_get(json_array_get(messages, json_array_size(messages) - 1), "content"), *part;
+    struct keel_text text = { 0 };
+    size_t i;
+    if (json_object_get(row, "prompt")) {
+        return;
     }
+    json_array_foreach(content, i, part)
+    {
+        const char *s = json_string_value(json_object_get(part, "text"));
+        keel_text_addf(&text, "%s", s ? s : "<image>");
+    }
+    if (json_is_string(content)) {
+        json_object_set(row, "prompt", content);
+    } else {
+        json_object_set_new(row, "prompt", json_string(text.data ? text.data : ""));
+    }
+    keel_text_finish(&text);
 }
 
 static keel_status append_row(struct keel_probes *p, const struct keel_row *row)
@@ -77,7 +91,7 @@ static keel_status append_row(struct keel_probes *p, const struct keel_row *row)
     return json_array_append(p->rows, row->object) == 0 ? KEEL_OK : KEEL_ERR_NO_MEMORY;
 }
 
-keel_status keel_probes_read(struct keel_probes *p, const char *file, bool need_id, const keel_log *log)
+keel_status keel_probes_read(struct keel_probes *p, const char *file, const char *origin, bool need_id, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_map map = { 0 };
@@ -91,6 +105,7 @@ keel_status keel_probes_read(struct keel_probes *p, const char *file, bool need_
             break;
         }
         KEEL_TRY(check_row(&row, need_id));
+        KEEL_TRY(keel_row_find_images(&row, origin ? origin : file));
         KEEL_TRY(append_row(p, &row));
         json_decref(row.object);
         row.object = NULL;
@@ -113,6 +128,7 @@ keel_status keel_probes_write(const json_t *rows, const char *path, const keel_l
     KEEL_TRY(keel_file_create(&out, path, log));
     json_array_foreach((json_t *)(uintptr_t)rows, i, row)
     {
+        json_object_del(row, KEEL_ROW_FILES);
         json_dumpf(row, out.f, JSON_COMPACT | JSON_REAL_PRECISION(9)); // a failed write shows at commit
         fputc('\n', out.f);
     }
@@ -183,150 +199,239 @@ out:
 
 // --- tokens --------------------------------------------------------------------------------------
 
-static keel_status chat_prompt(const struct keel_measure *m, const struct keel_row *row, json_t *list, int32_t **ids, size_t *n)
+// The parts of one message's content; *parts is allocated.
+static keel_status make_parts(struct keel_message *msg, struct keel_part **parts, const json_t *content)
+{
+    const size_t n = json_array_size(content);
+    *parts = calloc(n + 1, sizeof **parts);
+    if (!*parts) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < n; i++) {
+        const json_t *part = json_array_get(content, i);
+        const char *type = json_string_value(json_object_get(part, "type"));
+        (*parts)[i].text = json_string_value(json_object_get(part, "text"));
+        if (!type || (strcmp(type, "text") == 0) != ((*parts)[i].text != NULL)) {
+            return KEEL_ERR_DATA;
+        }
+    }
+    msg->parts = *parts;
+    msg->n_parts = n;
+    return KEEL_OK;
+}
+
+static keel_status chat_prompt(const struct keel_measure *m, const struct keel_row *row, json_t *list,
+                               const struct keel_prompt_images *images, struct keel_prompt *out)
 {
     keel_status st = KEEL_OK;
     struct keel_message msgs[MAX_MESSAGES];
+    struct keel_part *parts[MAX_MESSAGES] = { NULL };
     const size_t n_msgs = json_array_size(list);
     if (n_msgs == 0 || n_msgs > MAX_MESSAGES) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: %zu messages; a probe has 1 to %d", PLACE(row), n_msgs, MAX_MESSAGES);
     }
     for (size_t i = 0; i < n_msgs; i++) {
-        const json_t *message = json_array_get(list, i);
-        msgs[i] = (struct keel_message){ .role = json_string_value(json_object_get(message, "role")),
-                                         .content = json_string_value(json_object_get(message, "content")) };
-        if (!msgs[i].role || !msgs[i].content) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs \"role\" and \"content\", both strings", PLACE(row), i + 1);
+        const json_t *message = json_array_get(list, i), *content = json_object_get(message, "content");
+        msgs[i] = (struct keel_message){ .role = json_string_value(json_object_get(message, "role")), .content = json_string_value(content) };
+        st = json_is_array(content) ? make_parts(&msgs[i], &parts[i], content) : msgs[i].content ? KEEL_OK : KEEL_ERR_DATA;
+        if (!msgs[i].role || st != KEEL_OK) {
+            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs a \"role\" and a \"content\": a string, or a list of parts of type text "
+                                               "or image",
+                      PLACE(row), i + 1);
         }
     }
     if (strcmp(msgs[n_msgs - 1].role, "user") != 0) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the last message must be the user's; what the model is to answer goes into \"prefix\"",
                   PLACE(row));
     }
-    st = keel_chat_encode(m->model, msgs, n_msgs, true, ids, NULL, n);
+    st = keel_prompt_chat(m->model, msgs, n_msgs, true, images, out);
     if (st != KEEL_OK) {
         KEEL_FAIL(row->log, st, "%s:%llu: the messages do not form a chat (reason above)", PLACE(row));
     }
 out:
+    for (size_t i = 0; i < MAX_MESSAGES; i++) {
+        free(parts[i]);
+    }
     return st;
 }
 
-keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, int32_t **ids, size_t *n)
+keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, struct keel_prompt *out)
 {
     keel_status st = KEEL_OK;
     json_t *list = NULL, *made = NULL;
     const char *prompt;
     size_t len;
-    *ids = NULL;
+    struct keel_prompt_images images = { .n = (uint32_t)json_array_size(json_object_get(row->object, KEEL_ROW_FILES)) };
+    *out = (struct keel_prompt){ 0 };
+    if (images.n > 0 && !m->vision) {
+        KEEL_FAIL(row->log, KEEL_ERR_ARG, "%s:%llu: the row has images, but there is no vision tower; give --mmproj FILE, or mmproj in the study file",
+                  PLACE(row));
+    }
+    images.n_tokens = images.n > 0 ? keel_vision_info(m->vision)->n_tokens : 0;
+    const struct keel_prompt_images *given = images.n > 0 ? &images : NULL;
     KEEL_TRY(keel_row_opt_array(row, "messages", &list));
     if (!list) {
         KEEL_TRY(keel_row_str(row, "prompt", &prompt, &len));
         if (!m->chat) {
-            KEEL_TRY(keel_encode(m->model, prompt, len, NULL, ids, n));
+            st = keel_prompt_encode(m->model, prompt, len, given, out);
+            if (st != KEEL_OK) {
+                KEEL_FAIL(row->log, st, "%s:%llu: no usable prompt (reason above)", PLACE(row));
+            }
             goto out;
         }
         made = json_pack("[{s:s, s:s}]", "role", "user", "content", prompt);
         list = made;
     }
-    KEEL_TRY(chat_prompt(m, row, list, ids, n));
+    KEEL_TRY(chat_prompt(m, row, list, given, out));
 out:
     json_decref(made);
     return st;
 }
 
-static keel_status append_text(const struct keel_measure *m, struct keel_tokens *to, const char *text)
-{
-    int32_t *ids = NULL;
-    size_t n;
-    keel_status st = keel_encode(m->model, text, strlen(text), &(struct keel_encode_params){ .bos = false }, &ids, &n);
-    for (size_t i = 0; st == KEEL_OK && i < n; i++) {
-        st = keel_tokens_add(to, ids[i]);
-    }
-    free(ids);
-    return st;
-}
-
-static keel_status add_seq(struct keel_probes *p, struct keel_tokens *t, size_t first)
+// Steals the prompt, also on errors.
+static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, json_t *files, uint32_t first)
 {
     if (p->n_seq == p->cap) {
         const size_t cap = KEEL_MAX(p->cap * 2, (size_t)64);
         struct keel_probe_seq *q = realloc(p->seq, cap * sizeof *q);
         if (!q) {
+            keel_prompt_finish(prompt);
             return KEEL_ERR_NO_MEMORY;
         }
         p->seq = q;
         p->cap = cap;
     }
     struct keel_probe_seq *s = &p->seq[p->n_seq++];
-    *s = (struct keel_probe_seq){ .ids = t->ids, .n = (uint32_t)t->n, .first = (uint32_t)first };
-    *t = (struct keel_tokens){ 0 };
-    s->a = calloc(s->n - first + 1, sizeof *s->a);
-    s->b = calloc(s->n - first + 1, sizeof *s->b);
+    *s = (struct keel_probe_seq){ .prompt = *prompt, .files = json_incref(files), .first = first };
+    *prompt = (struct keel_prompt){ 0 };
+    s->a = calloc(keel_probe_count(s) + 1, sizeof *s->a);
+    s->b = calloc(keel_probe_count(s) + 1, sizeof *s->b);
     return s->a && s->b ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+}
+
+static keel_status append_ids(struct keel_prompt *prompt, const json_t *list)
+{
+    const size_t n = json_array_size(list);
+    int32_t *ids = realloc(prompt->ids, (prompt->n + n + 1) * sizeof *ids);
+    if (!ids) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    prompt->ids = ids;
+    for (size_t i = 0; i < n; i++) {
+        ids[prompt->n++] = (int32_t)json_integer_value(json_array_get(list, i));
+    }
+    return KEEL_OK;
 }
 
 keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m, const struct keel_row *row,
                             const struct keel_probe_parts *parts)
 {
     keel_status st = KEEL_OK;
-    struct keel_tokens t = { 0 };
-    KEEL_TRY(keel_probe_prompt(m, row, &t.ids, &t.n));
-    t.cap = t.n;
+    struct keel_prompt prompt = { 0 };
+    KEEL_TRY(keel_probe_prompt(m, row, &prompt));
     if (parts->prefix) {
-        KEEL_TRY(append_text(m, &t, parts->prefix));
+        KEEL_TRY(keel_prompt_complete(m->model, &prompt, parts->prefix, strlen(parts->prefix)));
     }
-    const size_t first = t.n;
+    const uint32_t first = prompt.n;
     if (parts->text) {
-        KEEL_TRY(append_text(m, &t, parts->text));
+        KEEL_TRY(keel_prompt_complete(m->model, &prompt, parts->text, strlen(parts->text)));
     }
-    for (size_t i = 0; i < json_array_size(parts->more); i++) {
-        KEEL_TRY(keel_tokens_add(&t, (int32_t)json_integer_value(json_array_get(parts->more, i))));
-    }
-    if (first == 0 || (parts->text && t.n == first)) {
+    KEEL_TRY(append_ids(&prompt, parts->more));
+    if (first == 0 || (parts->text && prompt.n == first)) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"%s\" is empty", PLACE(row), first == 0 ? "prompt" : parts->name);
     }
-    KEEL_TRY(add_seq(p, &t, first));
+    KEEL_TRY(add_seq(p, &prompt, json_object_get(row->object, KEEL_ROW_FILES), first));
 out:
-    keel_tokens_finish(&t);
+    keel_prompt_finish(&prompt);
     return st;
 }
 
 // --- running -------------------------------------------------------------------------------------
 
-keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m)
+// Tells the caller's progress of all sequences from that of a part of them.
+struct part {
+    const struct keel_measure *m;
+    uint64_t before, total;
+};
+
+static bool part_progress(void *user, uint64_t done, uint64_t total)
 {
-    struct keel_score_row *rows = calloc(p->n_seq + 1, sizeof *rows);
+    const struct part *p = user;
+    (void)total;
+    return !p->m->progress || p->m->progress(p->m->user, p->before + done, p->total);
+}
+
+static keel_status score_part(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part)
+{
+    struct keel_score_row *rows = calloc(n + 1, sizeof *rows);
     if (!rows) {
         return KEEL_ERR_NO_MEMORY;
     }
-    for (size_t i = 0; i < p->n_seq; i++) {
-        const struct keel_probe_seq *s = &p->seq[i];
-        rows[i] = (struct keel_score_row){ .ids = s->ids, .n = s->n, .first = s->first, .logprobs = s->a };
+    for (size_t i = 0; i < n; i++) {
+        const struct keel_prompt *t = &seq[i].prompt;
+        rows[i] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .logprobs = seq[i].a, .images = t->images,
+                                           .n_images = t->n_images };
     }
-    const keel_status st = keel_session_score(m->session, rows, p->n_seq, m->progress, m->user);
+    const keel_status st = keel_session_score(m->session, rows, n, part_progress, part);
     free(rows);
     return st;
 }
 
-keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m)
+static keel_status compare_part(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part)
 {
-    struct keel_kl_row *rows = calloc(p->n_seq + 1, sizeof *rows);
+    struct keel_kl_row *rows = calloc(n + 1, sizeof *rows);
     if (!rows) {
         return KEEL_ERR_NO_MEMORY;
     }
-    for (size_t i = 0; i < p->n_seq; i++) {
-        const struct keel_probe_seq *s = &p->seq[i];
-        rows[i] = (struct keel_kl_row){ .ids = s->ids, .n = s->n, .first = s->first, .kl = s->a, .kl_reverse = s->b };
+    for (size_t i = 0; i < n; i++) {
+        const struct keel_prompt *t = &seq[i].prompt;
+        rows[i] = (struct keel_kl_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .kl = seq[i].a, .kl_reverse = seq[i].b,
+                                        .images = t->images, .n_images = t->n_images };
     }
-    const keel_status st = keel_session_kl(m->session, rows, p->n_seq, m->progress, m->user);
+    const keel_status st = keel_session_kl(m->session, rows, n, part_progress, part);
     free(rows);
     return st;
+}
+
+// Runs as many sequences at once as there is room for their images.
+static keel_status run_parts(struct keel_probes *p, const struct keel_measure *m,
+                             keel_status (*run)(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part))
+{
+    keel_status st = KEEL_OK;
+    struct keel_image_store store = { 0 };
+    struct part part = { .m = m };
+    for (size_t i = 0; i < p->n_seq; i++) {
+        part.total += p->seq[i].prompt.n - 1;
+    }
+    for (size_t from = 0, to; from < p->n_seq; from = to) {
+        uint64_t tokens = 0;
+        for (to = from; to < p->n_seq && !keel_image_store_full(&store); to++) {
+            KEEL_TRY(keel_image_store_fill(&store, m, &p->seq[to].prompt, p->seq[to].files));
+            tokens += p->seq[to].prompt.n - 1;
+        }
+        KEEL_TRY(run(m, p->seq + from, to - from, &part));
+        part.before += tokens;
+        keel_image_store_finish(&store);
+    }
+out:
+    keel_image_store_finish(&store);
+    return st;
+}
+
+keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m)
+{
+    return run_parts(p, m, score_part);
+}
+
+keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m)
+{
+    return run_parts(p, m, compare_part);
 }
 
 double keel_probe_sum(const struct keel_probe_seq *s)
 {
     double sum = 0;
-    for (uint32_t i = 0; i < s->n - s->first; i++) {
+    for (uint32_t i = 0; i < keel_probe_count(s); i++) {
         sum += (double)s->a[i];
     }
     return sum;
@@ -385,6 +490,15 @@ static void draw_without_replacement(uint32_t *out, uint32_t k, uint32_t n, stru
     }
 }
 
+// Appends the paths of a row's images.
+static void add_files(json_t *files, const json_t *row)
+{
+    const json_t *own = json_object_get(row, KEEL_ROW_FILES);
+    for (size_t i = 0; i < json_array_size(own); i++) {
+        json_array_append(files, json_array_get(own, i));
+    }
+}
+
 keel_status keel_probe_in_context(json_t **out, const struct keel_measure *m, const struct keel_row *row,
                                   const struct keel_probes *from, uint32_t k, uint64_t seed, uint64_t place)
 {
@@ -393,17 +507,21 @@ keel_status keel_probe_in_context(json_t **out, const struct keel_measure *m, co
     struct keel_text text = { 0 };
     uint32_t pick[MAX_MESSAGES];
     const bool chat = m->chat || json_object_get(row->object, "messages");
-    json_t *turns = json_array();
+    json_t *turns = json_array(), *files = json_array();
     k = KEEL_MIN(KEEL_MIN(k, (uint32_t)keel_probes_count(from)), MAX_MESSAGES);
     draw_without_replacement(pick, k, (uint32_t)keel_probes_count(from), &rng);
     *out = NULL;
     for (uint32_t i = 0; i <= k; i++) {
         const struct keel_row part = i < k ? keel_probes_row(from, pick[i]) : *row;
         KEEL_TRY(chat ? add_turns(turns, &part) : add_raw(&text, &part));
+        add_files(files, part.object);
     }
     *out = json_copy(row->object);
-    if (!*out || !turns || text.failed) {
+    if (!*out || !turns || !files || text.failed) {
         KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
+    }
+    if (json_array_size(files) > 0) {
+        json_object_set(*out, KEEL_ROW_FILES, files);
     }
     if (chat) {
         json_object_set(*out, "messages", turns);
@@ -416,6 +534,7 @@ out:
         *out = NULL;
     }
     json_decref(turns);
+    json_decref(files);
     keel_text_finish(&text);
     return st;
 }

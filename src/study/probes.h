@@ -6,12 +6,19 @@
 #include "formats.h"
 #include "measure.h"
 
+#include <keel/images.h>
+
 #include <jansson.h>
+
+// Where a row keeps the paths of its images once it was read: relative to the working folder, in the order of their places. Not
+// written to records.
+#define KEEL_ROW_FILES "_files"
 
 // One sequence; its tokens from `first` on are scored or compared.
 struct keel_probe_seq {
-    int32_t *ids;
-    uint32_t n, first;
+    struct keel_prompt prompt; // its images' embeds are set while it runs
+    json_t *files;             // paths of the images, or NULL
+    uint32_t first;
     float *a, *b; // [n - first]: log-probabilities; or a divergence and its reverse
 };
 struct keel_probes {
@@ -24,8 +31,9 @@ struct keel_probes {
 };
 
 // Reads every row of a JSONL file; each has a "prompt" or "messages", and an "id" if `need_id`. A chat gets its last message as
-// "prompt", to be shown. `file` is borrowed. The caller calls keel_probes_finish() also after an error. Errors: IO, DATA (file and line), NO_MEMORY.
-keel_status keel_probes_read(struct keel_probes *p, const char *file, bool need_id, const keel_log *log);
+// "prompt", to be shown. Images are those of "images" or of the messages' content parts, relative to the folder of `origin` (NULL: of
+// `file`): records name the images of the rows they are of. Both names are borrowed. The caller calls keel_probes_finish() also after an error. Errors: IO, DATA (file and line), NO_MEMORY.
+keel_status keel_probes_read(struct keel_probes *p, const char *file, const char *origin, bool need_id, const keel_log *log);
 void keel_probes_finish(struct keel_probes *p); // accepts all-zero
 size_t keel_probes_count(const struct keel_probes *p);
 // Row i with its place, as the keel_row_ functions take it; `object` is borrowed.
@@ -35,9 +43,9 @@ struct keel_row keel_probes_row(const struct keel_probes *p, size_t i);
 // each domain and modality, then a second of each, and so on; all rows in their own order. Errors: NO_MEMORY.
 keel_status keel_probes_spread(const struct keel_probes *p, size_t max_rows, uint64_t seed, size_t **which, size_t *n);
 
-// Tokens of a row's prompt: BOS and the text; with m->chat or "messages" the chat template up to the model's turn. `ids` belongs to
-// the caller (free()). Errors: DATA.
-keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, int32_t **ids, size_t *n);
+// Tokens of a row's prompt: BOS and the text; with m->chat or "messages" the chat template up to the model's turn. "<image>" and image
+// parts become the tokens of images without their embeds. Errors: DATA, ARG (images, but no tower).
+keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, struct keel_prompt *out);
 // Adds a sequence: the prompt, then `prefix` (or NULL), then what is scored: `text`, or the token ids of the list `more`. Each is
 // tokenized by itself. Errors: DATA (nothing to score), NO_MEMORY.
 struct keel_probe_parts {
@@ -51,6 +59,26 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
 keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m);      // log-probabilities into a
 keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m); // KL(base ‖ adapted) into a, reverse into b
 double keel_probe_sum(const struct keel_probe_seq *s);                                   // Σ a
+static inline uint32_t keel_probe_count(const struct keel_probe_seq *s)
+{
+    return s->prompt.n - s->first;
+}
+
+// Puts the paths of a row's images into the row (KEEL_ROW_FILES). Errors: DATA.
+keel_status keel_row_find_images(const struct keel_row *row, const char *origin);
+// Names the images of a record "images/NUMBER-NAME" and copies their files there, below `folder`; with `folder` NULL it only names
+// them. So that the page finds them when the data are gone. Errors: IO.
+keel_status keel_row_keep_images(json_t *row, size_t number, const char *folder, const keel_log *log);
+// Soft tokens of images, kept as long as they fit.
+struct keel_image_store {
+    json_t *index; // path -> number
+    float **embeds;
+    size_t n, cap, bytes;
+};
+// Sets the embeds of a prompt's images. They are valid until keel_image_store_finish(). Errors: those of keel_vision_encode().
+keel_status keel_image_store_fill(struct keel_image_store *store, const struct keel_measure *m, struct keel_prompt *prompt, const json_t *files);
+bool keel_image_store_full(const struct keel_image_store *store);
+void keel_image_store_finish(struct keel_image_store *store); // accepts all-zero
 keel_status keel_probes_write(const json_t *rows, const char *path, const keel_log *log);
 
 // A copy of `row` with k rows of the training file `from` before its prompt as earlier turns: drawn without replacement from

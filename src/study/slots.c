@@ -12,8 +12,8 @@ static const char *const fields[2] = { "aligned", "contrary" };
 // Aligned and contrary exclude each other only if neither begins with the other.
 static keel_status check_apart(const struct keel_row *row, const struct keel_probe_seq *seq)
 {
-    const uint32_t a = seq[0].n - seq[0].first, b = seq[1].n - seq[1].first;
-    if (memcmp(seq[0].ids + seq[0].first, seq[1].ids + seq[1].first, KEEL_MIN(a, b) * sizeof *seq->ids) == 0) {
+    const uint32_t n = KEEL_MIN(keel_probe_count(&seq[0]), keel_probe_count(&seq[1]));
+    if (memcmp(seq[0].prompt.ids + seq[0].first, seq[1].prompt.ids + seq[1].first, n * sizeof(int32_t)) == 0) {
         KEEL_ERROR(row->log, "%s:%llu: one of \"aligned\" and \"contrary\" begins with the other, so that their probabilities overlap; "
                              "end both with what follows the answer, such as a full stop",
                    row->file, (unsigned long long)row->line);
@@ -61,9 +61,9 @@ keel_status keel_measure_slots(const struct keel_measure *m, const char *in, con
     struct keel_probes p = { 0 }, context = { 0 };
     json_t *done = json_array(), *asked = NULL;
     size_t *which = NULL, n;
-    KEEL_TRY(keel_probes_read(&p, in, true, m->log));
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
     if (how->context) {
-        KEEL_TRY(keel_probes_read(&context, how->context, false, m->log));
+        KEEL_TRY(keel_probes_read(&context, how->context, NULL, false, m->log));
     }
     KEEL_TRY(keel_probes_spread(&p, how->max_rows, how->seed, &which, &n));
     for (size_t i = 0; i < n; i++) {

@@ -18,10 +18,11 @@ struct study {
     const keel_log *log;
     struct study_file *file;
     char folder[4096]; // of the study file
-    char model_path[4096];
+    char model_path[4096], mmproj_path[4096]; // the latter may be empty
     struct keel_text config; // text of the study file
     keel_device *dev;
     keel_model *model;
+    keel_vision *vision; // NULL: no row has images
     struct study_folder top; // OUT
     const char *stage;
     char prefix[160], label[240]; // of the run: "rank-16_seed-1 (2 of 6), "; with the stage
@@ -88,7 +89,7 @@ out:
 static keel_status slots(const struct evaluation *e)
 {
     keel_status st = KEEL_OK;
-    char from[4200], to[4200], context[4200];
+    char from[4200], to[4200], context[4200], keep[4200];
     const struct study_file *file = e->s->file;
     struct keel_measure_slots how = { .k = file->eval.context_rows, .seed = file->seed };
     if (!file->eval.slots) {
@@ -105,7 +106,9 @@ static keel_status slots(const struct evaluation *e)
         KEEL_TRY(keel_measure_slots(&e->m, from, to, &how));
     }
     if (file->eval.examples > 0 && missing(e, to, "examples.jsonl", "examples")) {
-        KEEL_TRY(keel_measure_examples(&e->m, from, to, file->eval.answer_tokens, file->eval.examples, file->seed));
+        keel_study_path(keep, e->s->top.path, "base");
+        KEEL_TRY(keel_measure_examples(&e->m, from, to, file->eval.answer_tokens, file->eval.examples, file->seed,
+                                       strcmp(e->stage, "base") == 0 ? keep : NULL));
     }
 out:
     return st;
@@ -114,24 +117,24 @@ out:
 static keel_status answers(const struct evaluation *e, bool base)
 {
     keel_status st = KEEL_OK;
-    char from[4200], to[4200], base_answers[4200];
+    char prompts[4200], from[4200], to[4200], base_answers[4200];
     const struct study_file *f = e->s->file;
     const uint32_t examples = f->eval.examples;
     if (!f->eval.kl) {
         return KEEL_OK;
     }
     keel_study_path(base_answers, e->s->top.path, "base/answers.jsonl");
-    keel_study_path(from, e->s->folder, f->eval.kl);
+    keel_study_path(prompts, e->s->folder, f->eval.kl);
     if ((base || examples > 0) && missing(e, to, "answers.jsonl", "answers")) {
-        KEEL_TRY(keel_measure_answers(&e->m, from, to, f->eval.answer_tokens, base ? 0 : examples));
+        KEEL_TRY(keel_measure_answers(&e->m, prompts, to, f->eval.answer_tokens, base ? 0 : examples));
     }
     if (!base && missing(e, to, "kl.jsonl", "divergence")) {
-        KEEL_TRY(keel_measure_kl(&e->m, base_answers, to));
+        KEEL_TRY(keel_measure_kl(&e->m, base_answers, prompts, to));
     }
     if (examples > 0 && missing(e, to, "relevance.jsonl", "relevance")) {
         record_path(from, e, "answers.jsonl");
         keel_session_clear_adapters(e->m.session); // the base judges the answers of both
-        KEEL_TRY(keel_measure_relevance(&e->m, from, to, examples, f->seed));
+        KEEL_TRY(keel_measure_relevance(&e->m, from, prompts, to, examples, f->seed));
     }
 out:
     return st;
@@ -152,13 +155,16 @@ static keel_status evaluate(struct study *s, struct study_folder *folder, const 
     if (adapter) {
         KEEL_TRY(keel_session_add_adapter(session, adapter, 1.0f));
     }
-    const struct evaluation e = { s, folder, stage, { session, s->model, s->file->eval.chat, report_progress, s, s->log } };
+    const struct evaluation e = { s, folder, stage, { session, s->model, s->vision, s->file->eval.chat, report_progress, s, s->log } };
     KEEL_TRY(probes(&e));
     KEEL_TRY(slots(&e));
     KEEL_TRY(answers(&e, !adapter));
     KEEL_TRY(keel_study_folder_mark(folder, stage, t0));
 out:
     keel_session_destroy(&session);
+    if (s->vision) {
+        keel_vision_unload(s->vision); // training needs the memory; what was encoded is kept on disk
+    }
     return st;
 }
 
@@ -249,6 +255,16 @@ out:
 
 // --- the whole -----------------------------------------------------------------------------------
 
+// What the caller gives goes before what the study file names, which starts at its folder.
+static void choose_path(const struct study *s, char out[4096], const char *given, const char *named)
+{
+    char path[4200] = "";
+    if (!given && named) {
+        keel_study_path(path, s->folder, named);
+    }
+    snprintf(out, 4096, "%.4000s", given ? given : path);
+}
+
 static keel_status open_all(struct study *s)
 {
     keel_status st = KEEL_OK;
@@ -261,15 +277,13 @@ static keel_status open_all(struct study *s)
     if (!s->p->model && !s->file->model) {
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: names no model; give one with -m", s->p->file);
     }
-    if (s->p->model) {
-        snprintf(s->model_path, sizeof s->model_path, "%s", s->p->model);
-    } else {
-        char path[4200];
-        keel_study_path(path, s->folder, s->file->model);
-        snprintf(s->model_path, sizeof s->model_path, "%.4000s", path);
-    }
+    choose_path(s, s->model_path, s->p->model, s->file->model);
+    choose_path(s, s->mmproj_path, s->p->mmproj, s->file->mmproj);
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
+    if (s->mmproj_path[0]) {
+        KEEL_TRY(keel_vision_open(&s->vision, s->mmproj_path, s->model, s->log));
+    }
 out:
     keel_map_close(&map);
     return st;
@@ -280,7 +294,7 @@ static keel_status open_folder(struct study *s, struct study_folder *folder, con
 {
     json_t *manifest;
     const struct study_origin origin = { .file = s->file, .folder = s->folder, .config = s->config.data, .model_path = s->model_path,
-                                         .model = s->model, .dev = s->dev };
+                                         .mmproj_path = s->mmproj_path, .model = s->model, .dev = s->dev };
     const keel_status st = keel_study_describe(&manifest, &origin, run, s->log);
     return st == KEEL_OK ? keel_study_folder_open(folder, path, manifest, sub, s->log) : st;
 }
@@ -354,6 +368,7 @@ keel_status keel_study_run(const struct keel_study_params *params, struct keel_s
     KEEL_TRY(make_report(params->out, result, log));
 out:
     keel_study_folder_close(&s.top);
+    keel_vision_close(&s.vision);
     keel_model_close(&s.model);
     keel_device_destroy(&s.dev);
     keel_study_free(&s.file);

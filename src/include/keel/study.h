@@ -19,7 +19,8 @@ struct keel_study_progress {
 struct keel_study_params {
     const char *file;  // YAML; data paths in it are relative to its folder
     const char *out;   // run folder; made if missing
-    const char *model; // overrides the file's model, or NULL
+    const char *model;  // overrides the file's model, or NULL
+    const char *mmproj; // overrides the file's image tower, or NULL
     const struct keel_device_params *device; // NULL: defaults
     bool (*progress)(void *user, const struct keel_study_progress *p); // false: stop, to be resumed. May be NULL
     void *user;
