@@ -217,6 +217,43 @@ static void assert_close(const float *a, const float *b, uint32_t n, float tol, 
     }
 }
 
+// Other tokens in the place of the last one: as if each had been scored by itself, packed with other rows or in parts that are full.
+static void test_alternatives(void **state)
+{
+    (void)state;
+    const struct tiny t = { TINY_DEFAULTS };
+    keel_model *m = loaded(&t);
+    int32_t ids[N_IDS];
+    const int32_t alt[2] = { 7, 11 };
+    float want[3], got[N_IDS], out[2][2], short_got[N_IDS];
+    const uint32_t batches[] = { 256, 64, 13, 6 }, lengths[] = { N_IDS, 79 }; // 78 tokens to pass: six full parts of 13
+    draw_ids(ids, N_IDS, t.vocab, 3);
+    for (size_t l = 0; l < KEEL_COUNT(lengths); l++) {
+        const uint32_t n = lengths[l];
+        for (size_t k = 0; k < KEEL_COUNT(batches); k++) {
+            keel_session *s = NULL;
+            assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 128, .n_batch = batches[k] }), KEEL_OK);
+            for (int a = 0; k == 0 && a < 3; a++) {
+                const int32_t keep = ids[n - 1];
+                ids[n - 1] = a < 2 ? alt[a] : keep;
+                score_row(s, ids, n, got);
+                want[a] = got[n - 2];
+                ids[n - 1] = keep;
+            }
+            struct keel_score_row rows[2] = { { .ids = ids, .n = 5, .first = 3, .logprobs = short_got, .alt = alt, .n_alt = 2, .alt_logprobs = out[0] },
+                                              { .ids = ids, .n = n, .first = k % 2 ? n - 1 : 3, .logprobs = got, .alt = alt, .n_alt = 2,
+                                                .alt_logprobs = out[1] } };
+            assert_int_equal(keel_session_score(s, rows, 2, NULL, NULL), KEEL_OK);
+            assert_close(out[1], want, 2, 1e-4f, "alternatives");
+            assert_close(&got[n - 1 - rows[1].first], &want[2], 1, 1e-4f, "the row's own token");
+            rows[1].first = 2; // two alternatives need three tokens before
+            assert_int_equal(keel_session_score(s, rows, 2, NULL, NULL), KEEL_ERR_ARG);
+            keel_session_destroy(&s);
+        }
+    }
+    keel_model_close(&m);
+}
+
 static void test_decode_prefill_score(void **state)
 {
     (void)state;
@@ -555,6 +592,7 @@ int main(void)
         cmocka_unit_test(test_open_errors),          cmocka_unit_test(test_nan_weights),
         cmocka_unit_test(test_targets),              cmocka_unit_test(test_spans),
         cmocka_unit_test(test_plan),                 cmocka_unit_test(test_decode_prefill_score),
+        cmocka_unit_test(test_alternatives),
         cmocka_unit_test(test_generate),
         cmocka_unit_test(test_session_limits),       cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_adapter_files),

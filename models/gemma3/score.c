@@ -15,11 +15,14 @@ struct item {
     float *a, *b; // results [n - first]: log-probability and entropy, or divergence and its reverse; b may be NULL
     const struct keel_image_tokens *images;
     uint32_t n_images;
+    const int32_t *alt; // [n_alt] scored in place of the last token, into alt_out
+    uint32_t n_alt;
+    float *alt_out;
 };
 
 struct place {
     struct item *item;
-    uint32_t i; // index into a and b
+    uint32_t i; // index into a and b; from n - first on, into alt_out
 };
 
 struct run {
@@ -116,6 +119,11 @@ static keel_status store_results(const struct run *r)
                 KEEL_FAIL(s->model->log, KEEL_ERR_NUMERIC, "row %zu, token %u: NaN or infinity; run `keel devices` and report the driver",
                           at->item->row, at->item->first + at->i);
             }
+            const uint32_t scored = at->item->n - at->item->first;
+            if (at->i >= scored) {
+                at->item->alt_out[at->i - scored] = a;
+                continue;
+            }
             at->item->a[at->i] = a;
             if (at->item->b) {
                 at->item->b[at->i] = b;
@@ -167,6 +175,10 @@ static keel_status add_part(struct run *r, struct item *it, uint32_t from, uint3
             keel_batch_place(&s->batch, t0 + i - from, it->ids[i + 1], 0.0f);
         }
     }
+    for (uint32_t k = 0; st == KEEL_OK && to == it->n - 1 && k < it->n_alt; k++) {
+        r->place[s->batch.n_places] = (struct place){ it, it->n - it->first + k };
+        keel_batch_place(&s->batch, t0 + to - 1 - from, it->alt[k], 0.0f);
+    }
     return st;
 }
 
@@ -180,6 +192,9 @@ static keel_status long_row(struct run *r, struct item *it)
     }
     for (uint32_t from = 0, to; from < it->n - 1; from = to) {
         to = keel_batch_cut(it->images, it->n_images, from, KEEL_MIN(from + r->s->n_batch, it->n - 1));
+        if (to == it->n - 1 && to - KEEL_MAX(from, it->first - 1) + it->n_alt > r->s->n_batch) {
+            to -= it->n_alt; // nearly every token of the part has a place: there is no room for those of the alternatives
+        }
         KEEL_TRY(add_part(r, it, from, to, true));
         KEEL_TRY(run_batch(r, kv));
     }
@@ -211,6 +226,15 @@ static keel_status check_rows(const struct run *r, const struct item *items, siz
         const struct item *it = &items[i];
         if (it->first < 1 || it->first > it->n) {
             KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: scoring starts at token %u of %u; there must be one before it", i, it->first, it->n);
+        }
+        if (it->n_alt > 0 && (it->n_alt >= it->first || it->first >= it->n || 2 * it->n_alt > r->s->n_batch)) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: %u alternatives; a row takes fewer than it has tokens before those scored (%u)", i, it->n_alt,
+                      it->first);
+        }
+        for (uint32_t k = 0; k < it->n_alt; k++) {
+            if (it->alt[k] < 0 || (uint32_t)it->alt[k] >= r->s->model->cfg.vocab) {
+                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i, it->alt[k]);
+            }
         }
         if (it->n > r->s->n_ctx) {
             KEEL_FAIL(log, KEEL_ERR_DATA, "row %zu has %u tokens, the context only %u; raise --ctx or shorten the row", i, it->n,
@@ -279,7 +303,7 @@ keel_status keel_session_score(keel_session *s, struct keel_score_row *rows, siz
     }
     for (size_t i = 0; i < n_rows; i++) {
         items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].logprobs, rows[i].entropy, rows[i].images,
-                                    rows[i].n_images };
+                                    rows[i].n_images, rows[i].alt, rows[i].n_alt, rows[i].alt_logprobs };
     }
     const keel_status st = run_items(&r, items, n_rows);
     free(items);
@@ -299,8 +323,8 @@ keel_status keel_session_kl(keel_session *s, struct keel_kl_row *rows, size_t n_
         KEEL_TRY(keel_layout_make(&s->second, s->model->dev, KEEL_HEAP_DEVICE, "second model's logits", want_second, s));
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].kl, rows[i].kl_reverse, rows[i].images,
-                                    rows[i].n_images };
+        items[i] = (struct item){ .ids = rows[i].ids, .n = rows[i].n, .first = rows[i].first, .row = i, .a = rows[i].kl,
+                                  .b = rows[i].kl_reverse, .images = rows[i].images, .n_images = rows[i].n_images };
     }
     KEEL_TRY(run_items(&r, items, n_rows));
 out:

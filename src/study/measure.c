@@ -59,47 +59,78 @@ out:
 
 // --- answers -------------------------------------------------------------------------------------
 
-// One greedy answer, up to the end of a turn, into the row's "ids" and "text".
-static keel_status answer(const struct keel_measure *m, const struct keel_row *row, uint32_t n_tokens)
+// Puts an answer into its row as "ids" and "text".
+static keel_status set_answer(const struct keel_measure *m, json_t *row, const struct keel_generate_row *g)
 {
-    static const struct keel_sample_params greedy = { KEEL_SAMPLE_DEFAULTS .temperature = 0.0f };
     keel_status st = KEEL_OK;
-    struct keel_prompt prompt = { 0 };
-    struct keel_image_store store = { 0 };
     struct keel_text text = { 0 };
     json_t *list = json_array();
-    KEEL_TRY(keel_probe_prompt(m, row, &prompt));
-    KEEL_TRY(keel_image_store_fill(&store, m, &prompt, json_object_get(row->object, KEEL_ROW_FILES)));
-    keel_session_reset(m->session);
-    KEEL_TRY(keel_session_append_images(m->session, prompt.ids, prompt.n, prompt.images, prompt.n_images));
-    for (uint32_t i = 0; i < n_tokens; i++) {
-        int32_t id;
+    for (uint32_t i = 0; i < g->n_out; i++) {
         size_t len;
-        KEEL_TRY(keel_session_sample(m->session, &greedy, &id));
-        json_array_append_new(list, json_integer(id));
-        if (keel_token_is_end(m->model, id)) {
-            break;
-        }
-        const char *bytes = keel_token_text(m->model, id, false, &len);
+        const char *bytes = keel_token_text(m->model, g->out[i], false, &len);
         keel_text_add(&text, bytes, len);
-        if (i + 1 < n_tokens) {
-            KEEL_TRY(keel_session_append(m->session, &id, 1));
-        }
+        json_array_append_new(list, json_integer(g->out[i]));
     }
     size_t bad = text.len;
     if (text.len > 0) {
         keel_utf8_valid(text.data, text.len, &bad); // an answer may end inside a character
     }
-    json_object_set(row->object, "ids", list);
-    json_object_set_new(row->object, "text", json_stringn(text.data ? text.data : "", KEEL_MIN(bad, text.len)));
+    json_object_set(row, "ids", list);
+    json_object_set_new(row, "text", json_stringn(text.data ? text.data : "", KEEL_MIN(bad, text.len)));
     if (text.failed) {
         KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "no memory for an answer");
     }
 out:
     json_decref(list);
     keel_text_finish(&text);
+    return st;
+}
+
+// Tells tokens of all answers from those of a part of the rows.
+struct answers_progress {
+    const struct keel_measure *m;
+    uint64_t before, total;
+};
+
+static bool answers_progress(void *user, uint64_t done, uint64_t total)
+{
+    const struct answers_progress *p = user;
+    (void)total;
+    return !p->m->progress || p->m->progress(p->m->user, p->before + done, p->total);
+}
+
+enum { TOGETHER = 64 }; // rows whose images are held at once
+
+// Greedy answers to at most TOGETHER rows, up to the end of a turn.
+static keel_status answer_part(const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n, uint32_t n_tokens,
+                               struct answers_progress *progress)
+{
+    static const struct keel_sample_params greedy = { KEEL_SAMPLE_DEFAULTS .temperature = 0.0f };
+    keel_status st = KEEL_OK;
+    struct keel_prompt prompt[TOGETHER] = { { 0 } };
+    struct keel_generate_row rows[TOGETHER] = { { 0 } };
+    struct keel_image_store store = { 0 };
+    int32_t *out = calloc(n * n_tokens + 1, sizeof *out);
+    if (!out) {
+        KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "no memory for %zu answers", n);
+    }
+    for (size_t i = 0; i < n; i++) {
+        const struct keel_row row = keel_probes_row(p, which[i]);
+        KEEL_TRY(keel_probe_prompt(m, &row, &prompt[i]));
+        KEEL_TRY(keel_image_store_fill(&store, m, &prompt[i], json_object_get(row.object, KEEL_ROW_FILES)));
+        rows[i] = (struct keel_generate_row){ .ids = prompt[i].ids, .n = prompt[i].n, .images = prompt[i].images,
+                                              .n_images = prompt[i].n_images, .out = out + i * n_tokens, .cap = n_tokens };
+    }
+    KEEL_TRY(keel_session_generate(m->session, rows, n, &greedy, 0, answers_progress, progress));
+    for (size_t i = 0; i < n; i++) {
+        KEEL_TRY(set_answer(m, json_array_get(p->rows, which[i]), &rows[i]));
+    }
+out:
+    for (size_t i = 0; i < n; i++) {
+        keel_prompt_finish(&prompt[i]);
+    }
     keel_image_store_finish(&store);
-    keel_prompt_finish(&prompt);
+    free(out);
     return st;
 }
 
@@ -108,15 +139,15 @@ static keel_status answer_rows(const struct keel_measure *m, const struct keel_p
                                const char *out)
 {
     keel_status st = KEEL_OK;
+    struct answers_progress progress = { m, 0, (uint64_t)n * n_tokens };
     json_t *done = json_array();
+    for (size_t i = 0; i < n; i += TOGETHER) {
+        const size_t part = KEEL_MIN(n - i, (size_t)TOGETHER);
+        KEEL_TRY(answer_part(m, p, which + i, part, n_tokens, &progress));
+        progress.before += (uint64_t)part * n_tokens;
+    }
     for (size_t i = 0; i < n; i++) {
-        const struct keel_row row = keel_probes_row(p, which[i]);
-        KEEL_TRY(answer(m, &row, n_tokens));
-        json_array_append(done, row.object);
-        if (m->progress && !m->progress(m->user, (i + 1) * n_tokens, n * n_tokens)) {
-            st = KEEL_INTERRUPTED;
-            goto out;
-        }
+        json_array_append(done, json_array_get(p->rows, which[i]));
     }
     KEEL_TRY(keel_probes_write(done, out, m->log));
 out:

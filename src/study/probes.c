@@ -309,6 +309,15 @@ static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, js
     return s->a && s->b ? KEEL_OK : KEEL_ERR_NO_MEMORY;
 }
 
+// Whether two sequences are the same but for the last token, which is not their only scored context: an answer of one token against
+// another, mostly. The second then needs no pass of its own.
+static bool differ_at_end(const struct keel_probe_seq *a, const struct keel_probe_seq *b)
+{
+    return a->prompt.n == b->prompt.n && a->first == b->first && a->first > 1 && keel_probe_count(a) > 0 &&
+           (a->files == b->files || json_equal(a->files, b->files)) &&
+           memcmp(a->prompt.ids, b->prompt.ids, (a->prompt.n - 1) * sizeof(int32_t)) == 0;
+}
+
 static keel_status append_ids(struct keel_prompt *prompt, const json_t *list)
 {
     const size_t n = json_array_size(list);
@@ -341,6 +350,8 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"%s\" is empty", PLACE(row), first == 0 ? "prompt" : parts->name);
     }
     KEEL_TRY(add_seq(p, &prompt, json_object_get(row->object, KEEL_ROW_FILES), first));
+    struct keel_probe_seq *last = &p->seq[p->n_seq - 1];
+    last->alternative = p->n_seq > 1 && !last[-1].alternative && differ_at_end(&last[-1], last);
 out:
     keel_prompt_finish(&prompt);
     return st;
@@ -363,16 +374,31 @@ static bool part_progress(void *user, uint64_t done, uint64_t total)
 
 static keel_status score_part(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part)
 {
+    keel_status st = KEEL_OK;
+    size_t n_rows = 0;
     struct keel_score_row *rows = calloc(n + 1, sizeof *rows);
     if (!rows) {
         return KEEL_ERR_NO_MEMORY;
     }
     for (size_t i = 0; i < n; i++) {
         const struct keel_prompt *t = &seq[i].prompt;
-        rows[i] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .logprobs = seq[i].a, .images = t->images,
-                                           .n_images = t->n_images };
+        if (i > 0 && seq[i].alternative) {
+            struct keel_score_row *before = &rows[n_rows - 1];
+            before->alt = &t->ids[t->n - 1];
+            before->n_alt = 1;
+            before->alt_logprobs = &seq[i].a[keel_probe_count(&seq[i]) - 1];
+            continue;
+        }
+        rows[n_rows++] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .logprobs = seq[i].a,
+                                                  .images = t->images, .n_images = t->n_images };
     }
-    const keel_status st = keel_session_score(m->session, rows, n, part_progress, part);
+    KEEL_TRY(keel_session_score(m->session, rows, n_rows, part_progress, part));
+    for (size_t i = 1; i < n; i++) {
+        if (seq[i].alternative) {
+            memcpy(seq[i].a, seq[i - 1].a, (keel_probe_count(&seq[i]) - 1) * sizeof *seq->a);
+        }
+    }
+out:
     free(rows);
     return st;
 }
@@ -393,6 +419,12 @@ static keel_status compare_part(const struct keel_measure *m, struct keel_probe_
     return st;
 }
 
+// What a sequence adds to the tokens of a scoring.
+static uint64_t tokens_of(const struct keel_probes *p, size_t i)
+{
+    return p->seq[i].alternative ? 0 : p->seq[i].prompt.n - 1;
+}
+
 // Runs as many sequences at once as there is room for their images.
 static keel_status run_parts(struct keel_probes *p, const struct keel_measure *m,
                              keel_status (*run)(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part))
@@ -401,13 +433,13 @@ static keel_status run_parts(struct keel_probes *p, const struct keel_measure *m
     struct keel_image_store store = { 0 };
     struct part part = { .m = m };
     for (size_t i = 0; i < p->n_seq; i++) {
-        part.total += p->seq[i].prompt.n - 1;
+        part.total += tokens_of(p, i);
     }
     for (size_t from = 0, to; from < p->n_seq; from = to) {
         uint64_t tokens = 0;
         for (to = from; to < p->n_seq && !keel_image_store_full(&store); to++) {
             KEEL_TRY(keel_image_store_fill(&store, m, &p->seq[to].prompt, p->seq[to].files));
-            tokens += p->seq[to].prompt.n - 1;
+            tokens += tokens_of(p, to);
         }
         KEEL_TRY(run(m, p->seq + from, to - from, &part));
         part.before += tokens;

@@ -19,6 +19,7 @@ struct keel_probe_seq {
     struct keel_prompt prompt; // its images' embeds are set while it runs
     json_t *files;             // paths of the images, or NULL
     uint32_t first;
+    bool alternative; // differs from the sequence before it in the last token only: scored along with that
     float *a, *b; // [n - first]: log-probabilities; or a divergence and its reverse
 };
 struct keel_probes {

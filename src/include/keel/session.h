@@ -94,6 +94,9 @@ struct keel_score_row {
     float *entropy;   // [n - first] or NULL: entropy of the distribution at the same places, nats
     const struct keel_image_tokens *images; // [n_images], or NULL
     uint32_t n_images;
+    const int32_t *alt;   // [n_alt] other tokens in the place of the last one, or NULL; n_alt < first
+    uint32_t n_alt;
+    float *alt_logprobs;  // [n_alt], filled in, nats: log p(alt[i] | ids[0..n - 1)). Costs no pass of its own
 };
 // Rows are packed into batches; logits are computed only where a token is scored. Adapters count. The session's own sequence is
 // kept. Errors: DATA (a row longer than the context: its index), NUMERIC, DEVICE_LOST.
