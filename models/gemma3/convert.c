@@ -2,6 +2,7 @@
 // gemma3/convert.c: conversion as the public API sees it: from a folder or a GGUF, into a GGUF, directly or through the cache.
 #include "convert.h"
 #include "gemma3.h"
+#include "vision_internal.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
@@ -46,13 +47,18 @@ static keel_status check_gguf(const struct source *s, const char *from, bool vis
     keel_status st = KEEL_OK;
     struct keel_gemma3 cfg;
     struct keel_gemma3_source src;
+    struct keel_siglip tower;
+    struct keel_siglip_source tower_src;
     const char *arch = keel_gguf_str(s->gguf, "general.architecture", NULL);
     const char *want = vision ? "clip" : "gemma3";
     if (!arch || strcmp(arch, want) != 0) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: architecture \"%s\"; keel converts Gemma 3 models (\"gemma3\") and their vision "
                                              "towers (\"clip\", with --mmproj-out)", from, arch ? arch : "");
     }
-    if (!vision) {
+    if (vision) {
+        KEEL_TRY(keel_siglip_read(&tower, &tower_src, s->gguf, log));
+        keel_siglip_finish(&tower_src);
+    } else {
         KEEL_TRY(keel_gemma3_read(&cfg, &src, s->gguf, log));
         keel_gemma3_finish(&cfg, &src);
     }

@@ -3,6 +3,8 @@
 // Owns the file map and the weights heap. The pass itself is vision_tower.c.
 #include "vision_internal.h"
 
+#include <keel/convert.h>
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,16 +35,22 @@ keel_status keel_vision_open(keel_vision **out, const char *path, const keel_mod
 {
     keel_status st = KEEL_OK;
     keel_vision *v = NULL;
+    char converted[4096];
+    const char *file = path;
     *out = NULL;
     if (!path || !*path || strlen(path) >= sizeof v->info.path) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "the path of the vision tower (mmproj) is empty or too long");
+    }
+    if (keel_path_is_dir(path)) {
+        KEEL_TRY(keel_convert_cached(path, NULL, true, converted, sizeof converted, log));
+        file = converted;
     }
     v = calloc(1, sizeof *v);
     if (!v) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: no memory to open the vision tower", path);
     }
     v->log = log;
-    KEEL_TRY(keel_map_open(&v->map, path, log));
+    KEEL_TRY(keel_map_open(&v->map, file, log));
     KEEL_TRY(keel_gguf_parse(&v->gguf, v->map.data, v->map.len_bytes, path, log));
     KEEL_TRY(keel_siglip_read(&v->cfg, &v->src, v->gguf, log));
     if (model && v->cfg.out_width != model->cfg.width) {

@@ -27,9 +27,10 @@ struct keel_vision_info {
     uint64_t hash;       // of the file's bytes; 0 until keel_vision_hash() or keel_vision_encode() was called
 };
 
-// Opens an mmproj GGUF file (architecture "clip", projector "gemma3") as llama.cpp's converter writes it. Metadata, tensor
-// names, shapes and types are checked. `model`: the text model that the tokens are for, or NULL to only look at the file.
-// Errors: IO, FORMAT, UNSUPPORTED, MISMATCH (the tokens are not as wide as the model). `log` outlives the object.
+// Opens an mmproj GGUF file (architecture "clip", projector "gemma3") as llama.cpp's converter writes it, or a Hugging Face
+// folder, which is converted first as keel_model_open() does. Metadata, tensor names, shapes and types are checked. `model`: the
+// text model that the tokens are for, or NULL to only look at the file. Errors: IO, FORMAT, UNSUPPORTED, MISMATCH (the tokens
+// are not as wide as the model). `log` outlives the object.
 KEEL_API keel_status keel_vision_open(keel_vision **out, const char *path, const keel_model *model, const keel_log *log);
 // Whether the file is a GGUF of architecture "clip", sound or not. Logs nothing.
 KEEL_API bool keel_vision_is_file(const char *path);
