@@ -8,18 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static keel_status find_recipe(const struct keel_recipe **out, const char *type, const keel_log *log)
-{
-    char names[160];
-    *out = keel_recipe_find(type);
-    if (type && !*out) {
-        keel_recipe_names(names, sizeof names);
-        KEEL_ERROR(log, "\"%s\" is no type to store weights in; there are: %s", type, names);
-        return KEEL_ERR_ARG;
-    }
-    return KEEL_OK;
-}
-
 // --- sources -------------------------------------------------------------------------------------
 
 struct source {
@@ -35,11 +23,6 @@ static void source_close(struct source *s)
     keel_hf_close(&s->folder);
     keel_gguf_destroy(&s->gguf);
     keel_map_close(&s->map);
-}
-
-static bool is_rewritten(const char *key) // split files are not read, so there is nothing to carry over of them
-{
-    return strcmp(key, "general.file_type") == 0 || strcmp(key, "general.quantization_version") == 0;
 }
 
 static keel_status check_gguf(const struct source *s, const char *from, bool vision, const keel_log *log)
@@ -72,22 +55,7 @@ static keel_status open_gguf(struct source *s, const char *from, bool vision, ke
     KEEL_TRY(keel_map_open(&s->map, from, log));
     KEEL_TRY(keel_gguf_parse(&s->gguf, s->map.data, s->map.len_bytes, from, log));
     KEEL_TRY(check_gguf(s, from, vision, log));
-    for (size_t i = 0; i < keel_gguf_key_count(s->gguf); i++) {
-        if (!is_rewritten(keel_gguf_key_at(s->gguf, i, NULL))) {
-            keel_gguf_put_copy(w, s->gguf, i);
-        }
-    }
-    keel_gguf_put_u32(w, "general.quantization_version", 2);
-    for (size_t i = 0; i < keel_gguf_tensor_count(s->gguf); i++) {
-        const struct keel_gguf_tensor *g = keel_gguf_tensor_at(s->gguf, i);
-        struct keel_pack_tensor t = {.n_dims = g->n_dims, .n_elems = g->n_elems, .from = g->type, .data = g->data, .map = &s->map};
-        memcpy(t.dims, g->dims, sizeof t.dims);
-        if (strlen(g->name) >= sizeof t.name) {
-            KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: the name of tensor \"%s\" is too long", from, g->name);
-        }
-        snprintf(t.name, sizeof t.name, "%s", g->name);
-        KEEL_TRY(keel_pack_add(&s->pack, &t, log));
-    }
+    KEEL_TRY(keel_pack_gguf(&s->pack, w, s->gguf, &s->map, log));
 out:
     return st;
 }
@@ -114,7 +82,7 @@ static keel_status convert(const char *from, const char *to, bool vision, const 
     keel_gguf_writer *w = NULL;
     const struct keel_recipe *recipe;
     params = params ? params : &none;
-    KEEL_TRY(find_recipe(&recipe, params->type, log));
+    KEEL_TRY(keel_recipe_of(&recipe, params->type, log));
     if (strcmp(from, to) == 0) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "%s: is both what is read and what is to be written; give the result another name", from);
     }
@@ -193,7 +161,7 @@ keel_status keel_convert_cached(const char *folder, const char *type, bool visio
     const struct keel_recipe *recipe;
     char cache[4096], dir[4096], config[4096];
     uint64_t hash;
-    KEEL_TRY(find_recipe(&recipe, type, log));
+    KEEL_TRY(keel_recipe_of(&recipe, type, log));
     if (!keel_hf_path(config, sizeof config, folder, "config.json") || !keel_path_exists(config)) {
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: is a folder without config.json, so no Hugging Face model; give a GGUF file or such a folder",
                   folder);

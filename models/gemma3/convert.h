@@ -13,6 +13,13 @@
 
 // --- tensors to write (pack.c) -------------------------------------------------------------------
 
+// scale B A, added to a matrix; borrowed.
+struct keel_pack_delta {
+    uint32_t rank;
+    float scale;
+    const float *a; // [rank, dims[0]]
+    const float *b; // [dims[1], rank]
+};
 struct keel_pack_tensor {
     char name[96];            // in the new file
     uint32_t n_dims;
@@ -21,6 +28,8 @@ struct keel_pack_tensor {
     const uint8_t *data;      // in `map`; may be unaligned
     const struct keel_map *map;
     float add;                // 1 for norms that Hugging Face stores as w of 1 + w
+    const struct keel_pack_delta *delta; // [n_delta]
+    uint32_t n_delta;
 };
 struct keel_pack {
     struct keel_pack_tensor *t;
@@ -28,6 +37,8 @@ struct keel_pack {
 };
 keel_status keel_pack_add(struct keel_pack *p, const struct keel_pack_tensor *t, const keel_log *log);
 void keel_pack_finish(struct keel_pack *p); // accepts all-zero
+// Every tensor of a GGUF, and its metadata except what a change of types changes. Errors: UNSUPPORTED (a name is too long).
+keel_status keel_pack_gguf(struct keel_pack *p, keel_gguf_writer *w, const keel_gguf *g, const struct keel_map *map, const keel_log *log);
 // Declares the tensors, then writes header and data: in pieces, on all cores. `name`: of the source, for messages.
 // Errors: NUMERIC, INTERRUPTED, IO, NO_MEMORY.
 keel_status keel_pack_write(const struct keel_pack *p, keel_gguf_writer *w, FILE *f, const struct keel_convert_params *params,
@@ -43,8 +54,8 @@ struct keel_recipe {
 };
 // NULL for an unknown name. NULL name: NULL.
 const struct keel_recipe *keel_recipe_find(const char *name);
-// Lists the names into `out`, with spaces between.
-void keel_recipe_names(char *out, size_t out_bytes);
+// The same; an unknown name is an error that lists the known ones. Errors: ARG.
+keel_status keel_recipe_of(const struct keel_recipe **out, const char *name, const keel_log *log);
 // Sets `to` of every tensor. recipe NULL: matrices keep their type. Logs where a row does not fit the type asked for.
 void keel_recipe_apply(const struct keel_recipe *recipe, struct keel_pack *p, const keel_log *log);
 void keel_recipe_apply_vision(const struct keel_recipe *recipe, struct keel_pack *p);

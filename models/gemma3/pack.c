@@ -32,6 +32,31 @@ void keel_pack_finish(struct keel_pack *p)
     *p = (struct keel_pack){0};
 }
 
+keel_status keel_pack_gguf(struct keel_pack *p, keel_gguf_writer *w, const keel_gguf *g, const struct keel_map *map, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; i < keel_gguf_key_count(g); i++) {
+        const char *key = keel_gguf_key_at(g, i, NULL);
+        if (strcmp(key, "general.file_type") != 0 && strcmp(key, "general.quantization_version") != 0) {
+            keel_gguf_put_copy(w, g, i);
+        }
+    }
+    keel_gguf_put_u32(w, "general.quantization_version", 2);
+    for (size_t i = 0; i < keel_gguf_tensor_count(g); i++) {
+        const struct keel_gguf_tensor *from = keel_gguf_tensor_at(g, i);
+        struct keel_pack_tensor t = {
+            .n_dims = from->n_dims, .n_elems = from->n_elems, .from = from->type, .data = from->data, .map = map};
+        memcpy(t.dims, from->dims, sizeof t.dims);
+        if (strlen(from->name) >= sizeof t.name) {
+            KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: the name of tensor \"%s\" is too long", keel_gguf_name(g), from->name);
+        }
+        snprintf(t.name, sizeof t.name, "%s", from->name);
+        KEEL_TRY(keel_pack_add(p, &t, log));
+    }
+out:
+    return st;
+}
+
 // A run of pieces of one tensor, one a job.
 struct batch {
     const struct keel_pack_tensor *t;
@@ -48,6 +73,23 @@ static uint64_t job_range(const struct batch *b, uint32_t job, uint64_t *n)
     return at;
 }
 
+// Adds scale B A to n elements from element `at` of the matrix, row by row.
+static void add_delta(const struct keel_pack_delta *d, uint64_t width, uint64_t at, uint64_t n, float *x)
+{
+    for (uint64_t done = 0; done < n;) {
+        const uint64_t row = (at + done) / width, column = (at + done) % width;
+        const uint64_t run = KEEL_MIN(width - column, n - done);
+        for (uint32_t r = 0; r < d->rank; r++) {
+            const float b = d->scale * d->b[row * d->rank + r];
+            const float *a = d->a + r * width + column;
+            for (uint64_t k = 0; k < run; k++) {
+                x[done + k] += b * a[k];
+            }
+        }
+        done += run;
+    }
+}
+
 static void job(void *user, uint32_t i)
 {
     struct batch *b = user;
@@ -59,12 +101,15 @@ static void job(void *user, uint32_t i)
     const uint8_t *src = t->data + keel_dtype_bytes(t->from, at);
     bool bad = false;
     keel_dequantize(t->from, src, x, (size_t)n);
+    for (uint32_t k = 0; k < t->n_delta; k++) {
+        add_delta(&t->delta[k], t->dims[0], at, n, x);
+    }
     for (uint64_t k = 0; k < n; k++) {
         x[k] += t->add;
         bad |= !isfinite(x[k]);
     }
     b->bad[i] = bad;
-    if (t->from == t->to && t->add == 0) {
+    if (t->from == t->to && t->add == 0 && t->n_delta == 0) {
         memcpy(out, src, (size_t)keel_dtype_bytes(t->to, n)); // a second rounding would not give the same bits
     } else if (!bad) {
         keel_quantize(t->to, x, out, (size_t)n);

@@ -27,13 +27,19 @@ const struct keel_recipe *keel_recipe_find(const char *name)
     return NULL;
 }
 
-void keel_recipe_names(char *out, size_t out_bytes)
+keel_status keel_recipe_of(const struct keel_recipe **out, const char *name, const keel_log *log)
 {
+    char names[160] = "";
     size_t at = 0;
-    out[0] = 0;
-    for (size_t i = 0; i < KEEL_COUNT(recipes) && at < out_bytes; i++) {
-        at += (size_t)snprintf(out + at, out_bytes - at, "%s%s", i ? " " : "", recipes[i].name);
+    *out = keel_recipe_find(name);
+    if (!name || *out) {
+        return KEEL_OK;
     }
+    for (size_t i = 0; i < KEEL_COUNT(recipes) && at < sizeof names; i++) {
+        at += (size_t)snprintf(names + at, sizeof names - at, " %s", recipes[i].name);
+    }
+    KEEL_ERROR(log, "\"%s\" is no type to store weights in; there are:%s", name, names);
+    return KEEL_ERR_ARG;
 }
 
 static uint32_t block_of(enum keel_dtype type)

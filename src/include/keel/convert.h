@@ -31,6 +31,15 @@ KEEL_API keel_status keel_convert(const char *from, const char *to, const struct
 KEEL_API keel_status keel_convert_vision(const char *from, const char *to, const struct keel_convert_params *params,
                                          const keel_log *log);
 
+struct keel_merge_adapter {
+    const char *path; // a GGUF or a PEFT folder
+    float scale;      // multiplies alpha / rank
+};
+// Writes the language model `from` with n adapters added to its weights; otherwise as keel_convert(). Weights of a block type are
+// rounded to it again, unless params->type says another. Errors: also MISMATCH (the adapter of another model).
+KEEL_API keel_status keel_merge(const char *from, const struct keel_merge_adapter *adapters, size_t n, const char *to,
+                                const struct keel_convert_params *params, const keel_log *log);
+
 // The GGUF that stands for a Hugging Face folder in keel's cache folder, converted now if it is not there or if a file of the
 // folder has changed since (name, size or time of change). keel_model_open() uses it for folders. `type` as in the params;
 // `vision`: the tower instead of the language model. Errors: as above, and IO if there is no cache folder.
