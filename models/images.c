@@ -12,6 +12,7 @@
 struct image {
     char *path;
     uint64_t hash;  // of the path
+    uint64_t content; // hash of the file's bytes, once it was encoded
     float *embeds;  // [n_tokens, width]
     bool done, failed;
 };
@@ -100,6 +101,18 @@ out:
     return st;
 }
 
+static keel_status encode(keel_images *s, keel_device *dev, struct image *im)
+{
+    keel_status st = KEEL_OK;
+    struct keel_map map = { 0 };
+    KEEL_TRY(keel_vision_encode(s->vision, dev, im->path, im->embeds));
+    KEEL_TRY(keel_map_open(&map, im->path, s->log));
+    im->content = keel_hash(KEEL_HASH_INIT, map.data, map.len_bytes);
+out:
+    keel_map_close(&map);
+    return st;
+}
+
 keel_status keel_images_encode(keel_images *s, keel_device *dev, bool (*progress)(void *user, uint64_t done, uint64_t total),
                                void *user)
 {
@@ -112,7 +125,7 @@ keel_status keel_images_encode(keel_images *s, keel_device *dev, bool (*progress
         if (s->at[i].done || s->at[i].failed) {
             continue;
         }
-        st = keel_vision_encode(s->vision, dev, s->at[i].path, s->at[i].embeds);
+        st = encode(s, dev, &s->at[i]);
         s->at[i].done = st == KEEL_OK;
         s->at[i].failed = st != KEEL_OK;
         KEEL_TRY(st);
@@ -127,12 +140,13 @@ out:
     return st;
 }
 
-uint64_t keel_images_hash(const keel_images *s)
+uint64_t keel_images_hash(keel_images *s)
 {
-    uint64_t hash = KEEL_HASH_INIT;
+    const uint64_t tower = keel_vision_hash(s->vision);
+    uint64_t hash = keel_hash(KEEL_HASH_INIT, &tower, sizeof tower);
     for (size_t i = 0; i < s->n; i++) {
         if (s->at[i].done) {
-            hash = keel_hash(hash, s->at[i].embeds, (size_t)s->n_tokens * s->width * sizeof *s->at[i].embeds);
+            hash = keel_hash(hash, &s->at[i].content, sizeof s->at[i].content);
         }
     }
     return hash;

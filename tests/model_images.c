@@ -248,6 +248,47 @@ static void test_prefill_decode_score(void **state)
     keel_model_close(&m);
 }
 
+// Prompts with and without images continued together, several in a pass of which one holds only an image at a time.
+static void test_generate(void **state)
+{
+    (void)state;
+    enum { ROWS = 4, CAP = 6 };
+    const struct tiny t = { TINY_DEFAULTS };
+    const struct keel_sample_params greedy = { .repeat_penalty = 1.0f, .top_p = 1.0f };
+    const uint32_t batches[] = { 256, 30, N_SOFT };
+    keel_model *m = loaded(&t);
+    int32_t ids[N_ROW], out[ROWS][CAP];
+    float embeds[2 * N_SOFT * WIDTH];
+    const struct keel_image_tokens im[2] = { { 1, N_SOFT, embeds }, { 24, N_SOFT, embeds + N_SOFT * WIDTH } };
+    draw_ids(ids, N_ROW, 12);
+    draw_embeds(embeds, 2 * N_SOFT, 13);
+    for (size_t k = 0; k < KEEL_COUNT(batches); k++) {
+        keel_session *s = NULL;
+        struct keel_generate_row rows[ROWS] = {
+            { .ids = ids, .n = 50, .images = im, .n_images = 2 }, { .ids = ids + 1, .n = 9 },
+            { .ids = ids, .n = 21, .images = im, .n_images = 1 }, { .ids = ids, .n = 44, .images = im, .n_images = 2 },
+        };
+        assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 128, .n_batch = batches[k] }), KEEL_OK);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            rows[i].out = out[i];
+            rows[i].cap = CAP;
+        }
+        assert_int_equal(keel_session_generate(s, rows, ROWS, &greedy, 3, NULL, NULL), KEEL_OK);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            int32_t id;
+            keel_session_reset(s);
+            assert_int_equal(keel_session_append_images(s, rows[i].ids, rows[i].n, rows[i].images, rows[i].n_images), KEEL_OK);
+            for (uint32_t j = 0; j < rows[i].n_out; j++) {
+                assert_int_equal(keel_session_sample(s, &greedy, &id), KEEL_OK);
+                assert_int_equal(id, out[i][j]);
+                assert_int_equal(keel_session_append(s, &id, 1), KEEL_OK);
+            }
+        }
+        keel_session_destroy(&s);
+    }
+    keel_model_close(&m);
+}
+
 static void test_session_errors(void **state)
 {
     (void)state;
@@ -431,6 +472,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_spans),         cmocka_unit_test(test_bad_images), cmocka_unit_test(test_prefill_decode_score),
+        cmocka_unit_test(test_generate),
         cmocka_unit_test(test_session_errors), cmocka_unit_test(test_gradients),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);

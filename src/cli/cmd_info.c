@@ -62,6 +62,25 @@ static void vision_print(const struct keel_vision_info *v, const struct keel_pla
     plan_print(stdout, plan);
 }
 
+// The tower of --mmproj, as a part of what is said of its model.
+static keel_status show_tower(const struct context *c, const struct info_args *a, json_t *out)
+{
+    struct keel_plan plan;
+    keel_vision *v = NULL;
+    keel_status st = keel_vision_open(&v, a->common.mmproj, c->model, &c->log);
+    if (st == KEEL_OK) {
+        st = keel_vision_plan(v, &plan);
+    }
+    if (st == KEEL_OK && a->json) {
+        keel_vision_hash(v);
+        json_object_set_new(out, "vision", vision_json(keel_vision_info(v), &plan));
+    } else if (st == KEEL_OK) {
+        vision_print(keel_vision_info(v), &plan);
+    }
+    keel_vision_close(&v);
+    return st;
+}
+
 static int info_vision(const struct info_args *a)
 {
     struct context c = { .log = cli_log(&a->common) };
@@ -87,11 +106,11 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
 {
     struct keel_plan plan;
     struct keel_plan_params p = { .n_ctx = a->ctx, .n_batch = a->common.batch_tokens, .targets = a->targets,
-                                  .images = c->images != NULL };
+                                  .images = a->common.mmproj != NULL };
     if (train) {
         p = (struct keel_plan_params){
             .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets,
-            .images = c->images != NULL
+            .images = a->common.mmproj != NULL
         };
     }
     const keel_status st = keel_model_plan(c->model, &p, &plan);
@@ -121,6 +140,7 @@ static int info_run(const void *args)
         return info_vision(a);
     }
     common.model = a->words.at[0];
+    common.mmproj = NULL; // show_tower() opens it
     keel_status st = context_open_model(&c, &common);
     if (st == KEEL_OK) {
         const uint64_t hash = a->json ? keel_model_hash(c.model) : 0;
@@ -130,6 +150,9 @@ static int info_run(const void *args)
         } else {
             info_print(m);
         }
+        st = a->common.mmproj ? show_tower(&c, a, out) : KEEL_OK;
+    }
+    if (st == KEEL_OK) {
         st = show_plan(&c, a, false, out);
     }
     if (st == KEEL_OK && a->rank > 0) {
@@ -147,6 +170,7 @@ static int info_run(const void *args)
 static const struct arg_option options[] = {
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object, with the file's hash" },
     OPTION_TYPE,
+    OPTION_MMPROJ,
     { .name = "--ctx", .type = ARG_U32, .offset = AT(ctx), .value = "N", .def = "4096", .min = 1, .max = 1 << 24,
       .help = "plan for a context of N tokens" },
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,
@@ -163,7 +187,7 @@ static const struct arg_option options[] = {
 };
 const struct arg_command cmd_info = {
     .name = "info", .summary = "show what a model or vision tower is and the memory it will take",
-    .usage = "MODEL [--ctx N] [--rank N] [--json]", .options = options, .n_options = sizeof options / sizeof options[0],
+    .usage = "MODEL [--mmproj P] [--ctx N] [--rank N] [--json]", .options = options, .n_options = sizeof options / sizeof options[0],
     .args_bytes = sizeof(struct info_args), .positional = AT(words), .min_words = 1, .max_words = 1, .word = "MODEL",
     .run = info_run,
 };

@@ -61,8 +61,8 @@ KEEL_API keel_status keel_images_scan(keel_images *images, const char *jsonl, co
 // read; it is passed over from then on, until it is added again.
 KEEL_API keel_status keel_images_encode(keel_images *images, keel_device *dev,
                                         bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
-// Of the soft tokens of all images encoded so far, in the order they were added, and of the tower.
-KEEL_API uint64_t keel_images_hash(const keel_images *images);
+// Of the tower's file and the files of all images encoded so far, in the order they were added; the same on every device.
+KEEL_API uint64_t keel_images_hash(keel_images *images);
 
 // The prompt of one row of a data file, given as JSON text:
 //   {"prompt": text with "<image>"s, "images": [path, ...]} or
