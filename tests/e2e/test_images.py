@@ -249,6 +249,18 @@ def test_train_again_from_the_cache_and_resume(keel, make_pair):
         (folder / "p3.png").write_bytes(old)
 
 
+def test_info(keel, make_pair):
+    """The tower beside its model: what it is, its memory, and room for image tokens in both plans."""
+    model, mmproj, vlm, _ = make_pair("tiny_a")
+    plain, j = (keel("info", model, *o, "--rank", 4, "--json").json for o in ((), ("--mmproj", mmproj)))
+    assert j["vision"]["n_tokens"] == vlm.n_soft and j["vision"]["plan_vision"] and "vision" not in plain
+    for plan in ("plan_run", "plan_train"):
+        assert "image tokens" not in json.dumps(plain[plan]) and "image tokens" in json.dumps(j[plan])
+    out = keel("info", model, "--mmproj", mmproj).out
+    assert f"{vlm.n_soft} tokens of width 96" in out and "image tokens" in out
+    keel.fails("info", model, "--mmproj", model, says=model.name)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 ONE = {"prompt": "<image>", "completion": "a", "images": ["p0.png"]}
