@@ -89,6 +89,24 @@ def test_images(keel, tiny_a, oracle, tmp_path, n):
         assert tokenize(keel, tiny_a, text, tmp_path) == tok.encode(text)  # without the option it is text
 
 
+def test_images_as_the_processor(keel, tiny, tiny_a, tmp_path):
+    """The ids of transformers' own Gemma3Processor, with the tokenizer.json of the same vocabulary."""
+    np, transformers = pytest.importorskip("numpy"), pytest.importorskip("transformers")
+    pytest.importorskip("PIL", reason="Pillow is missing; tests/README.md says how to make the environment")
+    tok = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny / "tiny_a_hf/tokenizer.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"})
+    processor = transformers.Gemma3Processor(image_processor=transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28}),
+                                             tokenizer=tok, image_seq_length=3)
+    for text in PROMPTS:
+        n = text.count("<image>")
+        if "<start_of_turn>" in text:
+            continue  # a control token written in a text is one to transformers and plain text to keel
+        out = processor(text=text.replace("<image>", "<start_of_image>"), images=[np.zeros((28, 28, 3), np.uint8)] * n or None)
+        want = [0 if i == tok.image_token_id else int(i) for i in np.array(out["input_ids"][0])]
+        assert tokenize(keel, tiny_a, text, tmp_path, "--image-tokens", 3) == want, repr(text)
+
+
 @pytest.mark.full
 def test_real_images(keel, real, oracle, tmp_path):
     """Gemma's own vocabulary, with its tokens for runs of up to 31 newlines."""
