@@ -290,6 +290,48 @@ def test_old_merges_and_missing_settings(keel, folders, tmp_path):
     assert keel("tokenize", "-m", old, "--json", "").json["ids"] == [2]
 
 
+def gemma_tokenizer(path):
+    """Gemma 3's own vocabulary as the tokenizer.json that transformers' converter makes of it."""
+    fields = reader(path).fields
+    tokens, scores, types = (fields["tokenizer.ggml." + key].contents() for key in ("tokens", "scores", "token_type"))
+    t = tiny_models.tokenizer_json(hf_models.TOKENS)
+    written = [x.replace(" ", "\u2581") if k == 4 else x for x, k in zip(tokens, types)]
+    ids = {x: i for i, x in enumerate(written)}
+    merged = [i for i, k in enumerate(types) if k == 1 and len(tokens[i]) > 1]
+    merges = [["\u2581" * a, "\u2581" * (n - a)] for n in range(2, 32) for a in range(1, n)]
+    for i in sorted(merged, key=lambda i: -scores[i]):
+        x = written[i]
+        pairs = [(ids[x[:n]], ids[x[n:]]) for n in range(1, len(x)) if types[ids.get(x[:n], 0)] == 1 == types[ids.get(x[n:], 0)]]
+        merges += [[written[a], written[b]] for a, b in sorted(pairs)]
+    t["model"] |= {"vocab": ids, "merges": merges}
+    t["added_tokens"] = [{"id": i, "content": x, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                          "special": k == 3} for i, (x, k) in enumerate(zip(written, types)) if k in (3, 4)]
+    return t, len(tokens)
+
+
+@pytest.mark.full
+def test_gemmas_own_tokenizer(keel, real, tmp_path):
+    """Ids from the folder, from the GGUF and from the library are the same, 262144 tokens and half a million merges."""
+    t, n = gemma_tokenizer(real)
+    folder = hf_models.save(hf_models.text_model(3, torch.bfloat16, vocab_size=n, hidden_size=32, head_dim=8, num_attention_heads=4,
+                                                 query_pre_attn_scalar=8, num_hidden_layers=1), tmp_path / "m")
+    (folder / "tokenizer.json").write_text(json.dumps(t, ensure_ascii=False))
+    tok, rng = library(folder), random.Random(4)
+    names = t["model"]["vocab"]
+    pieces = [x.replace("\u2581", " ") for x in names]
+    ranges = ((32, 127), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000))
+    rows = [x for x in texts.TOKENIZER if x] + ["".join(rng.choices(pieces, k=60)) for _ in range(60)]
+    rows += ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(300)) for _ in range(20)]
+    differ = 0
+    for text in rows:
+        text = text.replace("\u2581", " ")
+        got = tokenize(keel, folder, text, tmp_path, "--special")
+        assert got == tokenize(keel, real, text, tmp_path, "--special"), repr(text)
+        differ += got != tok.encode(text).ids
+        assert got == tok.encode(text).ids or " " * 32 in text, repr(text)
+    assert differ <= 3
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 def test_a_folder_is_converted_once(keel, folders, tmp_path):
