@@ -11,6 +11,7 @@
 #include "device.h"
 #include "ops.h"
 
+#include <keel/hooks.h>
 #include <keel/images.h>
 #include <keel/model.h>
 #include <keel/session.h>
@@ -68,6 +69,31 @@ struct keel_seq {
     uint32_t n_images;
 };
 
+// --- hooks ---------------------------------------------------------------------------------------
+
+#define KEEL_MAX_POSITION_SETS 8
+
+// Tokens of a batch, for who captures them: caller's number of the row and place in it, and which belong to the hook's positions.
+struct keel_batch_tokens {
+    uint32_t n;
+    const uint32_t *row, *at;
+    const float *marks;
+};
+// One capture: x [n_rows, width] at a site; `marks` as in ops.h. Called while a pass is recorded; records what it needs.
+struct keel_capture_call {
+    keel_recorder *rec;
+    enum keel_site site;
+    uint32_t layer;
+    struct keel_span x, marks;
+    uint32_t n_rows, width;
+    const struct keel_batch_tokens *tokens;
+};
+keel_status keel_hooks_add_capture(keel_hooks *hooks, enum keel_site site, uint32_t layer, struct keel_positions at,
+                                   void (*fn)(void *user, const struct keel_capture_call *call), void *user);
+// `fn` is called after each batch of keel_session_score() was computed, with the marks of the first hook's positions.
+void keel_hooks_after_batch(keel_hooks *hooks, keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user);
+uint64_t keel_hooks_hash(const keel_hooks *hooks, uint64_t hash); // of all that decides what they do; NULL: `hash`
+
 // --- training pass -------------------------------------------------------------------------------
 
 // Buffers for forward and backward over packed rows: at most `max_tokens` tokens in rows of at most `max_row`, and `max_loss` loss places.
@@ -79,6 +105,9 @@ void keel_trainer_destroy(keel_trainer **trainer);
 // unweighted negative log-likelihoods to *nll_sum. Rows never see each other. Blocks until done.
 keel_status keel_trainer_step(keel_trainer *trainer, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
                               size_t n_seqs, double *nll_sum, uint64_t *n_loss);
+
+// Trains under these hooks from now on, with exact gradients through them; NULL: without. Borrowed.
+keel_status keel_trainer_set_hooks(keel_trainer *trainer, const keel_hooks *hooks);
 
 // Whether a step also computes the gradient with respect to what enters the lowest block: for image tokens that is the gradient
 // of their embeddings. Off at first; costs the blocks below the lowest adapter and one more projection.

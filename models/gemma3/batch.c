@@ -35,6 +35,7 @@ void keel_batch_finish(struct keel_batch *b)
     free(b->inv_freq[1]);
     free(b->group);
     keel_heap_destroy(&b->image_heap);
+    keel_batch_forget_hooks(b);
     memset(b, 0, sizeof *b);
 }
 
@@ -195,6 +196,9 @@ keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *ro
         }
         put_rope(b, t0 + i, row->pos + i);
     }
+    if (b->n_sets > 0) {
+        keel_batch_mark(b, row, t0);
+    }
     b->n_tokens += row->n;
     g->n += row->n;
     return KEEL_OK;
@@ -249,6 +253,9 @@ void keel_batch_ready(struct keel_batch *b, keel_device *dev)
         keel_span_flush(dev, b->rope[kind]);
     }
     keel_span_flush(dev, b->ids);
+    for (uint32_t i = 0; i < b->n_sets; i++) {
+        keel_span_flush(dev, b->mark[i]);
+    }
     if (b->n_image_tokens > 0) {
         keel_span_flush(dev, b->image_rows);
         keel_span_flush(dev, b->image_place);

@@ -167,12 +167,30 @@ void keel_pass_embed(const struct keel_pass *p)
     }
 }
 
+// y = residual + norm(x) · w: what a branch of the block adds. Hooks on it need it alone first.
+static void add_branch(const struct keel_pass *p, uint32_t layer, enum keel_site site, struct keel_span x, struct keel_span w,
+                       struct keel_span residual, struct keel_span y)
+{
+    if (!keel_pass_hooked(p, site, layer)) {
+        norm(p, x, w, residual, y);
+        return;
+    }
+    const bool in_place = y.block == residual.block && y.offset == residual.offset;
+    const struct keel_span branch = in_place ? x : y; // with a y of its own x stays for the backward pass
+    norm(p, x, w, (struct keel_span){0}, branch);
+    keel_pass_hooks(p, site, layer, branch);
+    keel_axpy(p->rec, 1.0f, in_place ? branch : residual, y, (uint64_t)p->batch->n_tokens * p->model->cfg.width);
+}
+
 void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y)
 {
     const struct keel_gemma3 *c = &p->model->cfg;
     const struct keel_gemma3_block *b = &p->model->w.block[layer];
     const struct keel_acts *a = p->acts;
     const struct keel_span nothing = {0};
+    if (y.bytes > 0) {
+        keel_pass_hooks(p, KEEL_SITE_PRE, layer, x);
+    }
     norm(p, x, NORM(b, KEEL_T_ATTN_NORM), nothing, a->xn);
     project(p, layer, KEEL_ATTN_Q, a->xn, a->q);
     project(p, layer, KEEL_ATTN_K, a->xn, a->k);
@@ -182,14 +200,15 @@ void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span
         keel_pass_attention(p, layer, &p->batch->group[g]);
     }
     project(p, layer, KEEL_ATTN_OUTPUT, a->o, a->ao);
-    norm(p, a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1);
+    add_branch(p, layer, KEEL_SITE_ATTN, a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1);
     norm(p, a->x1, NORM(b, KEEL_T_FFN_NORM), nothing, a->fn);
     project(p, layer, KEEL_FFN_GATE, a->fn, a->gate);
     project(p, layer, KEEL_FFN_UP, a->fn, a->up);
     keel_geglu(p->rec, a->gate, a->up, a->act, (uint64_t)p->batch->n_tokens * c->ff_width);
     project(p, layer, KEEL_FFN_DOWN, a->act, a->down);
     if (y.bytes > 0) {
-        norm(p, a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y);
+        add_branch(p, layer, KEEL_SITE_MLP, a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y);
+        keel_pass_hooks(p, KEEL_SITE_POST, layer, y);
     }
 }
 

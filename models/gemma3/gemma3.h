@@ -156,6 +156,13 @@ struct keel_batch {
     struct keel_span image_place; // [cap] u32: token of the batch
     uint32_t n_image_tokens;
     float *inv_freq[2];       // [d/2]
+    // Marks of hooks: which tokens belong to each set of positions. Nothing without hooks.
+    keel_heap *mark_heap;
+    uint32_t n_sets, n_factors;
+    struct keel_positions set[KEEL_MAX_POSITION_SETS];
+    struct keel_span mark[KEEL_MAX_POSITION_SETS]; // [cap] f32
+    struct keel_span factor;                       // [n_factors] rows of [cap] f32, written by the device
+    uint32_t *row_of, *token_of;                   // [cap] number of a token's row, and its place there
 };
 keel_status keel_batch_init(struct keel_batch *b, const struct keel_gemma3 *c, const keel_log *log);
 void keel_batch_finish(struct keel_batch *b); // frees host memory and the room for images; other spans belong to their heap
@@ -177,9 +184,19 @@ struct keel_batch_row {
     bool cached;   // keys and values go to a cache, position 0 at its row `slot0`; otherwise rows are packed into the batch
     uint32_t slot0;
     bool split;    // start a new group with this row
+    // For hooks:
+    uint32_t prompt;     // tokens of the sequence before the response
+    const uint8_t *mask; // [n] or NULL: instead, the tokens that belong to responses
+    bool decode;         // the model wrote these tokens
+    uint32_t number;     // of the row in the caller's list
 };
 // Adds tokens; returns the batch index of the first. There must be room. Errors: NO_MEMORY.
 keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *row, uint32_t *first);
+// Makes room for the marks of these hooks, uploads their directions; NULL: no hooks. Rows added before are not marked. Errors:
+// NO_MEMORY, DEVICE_LOST.
+keel_status keel_batch_set_hooks(struct keel_batch *b, const keel_hooks *hooks);
+void keel_batch_forget_hooks(struct keel_batch *b);
+void keel_batch_mark(struct keel_batch *b, const struct keel_batch_row *row, uint32_t first); // the row that begins at `first`
 // End of the longest part [from, end) with end <= to that cuts no image; above `from` if images are no longer than to - from.
 uint32_t keel_batch_cut(const struct keel_image_tokens *images, uint32_t n_images, uint32_t from, uint32_t to);
 // Checks the images of a row of `n` tokens, which will be computed in parts of up to `n_batch`. `what` begins the messages.
@@ -241,16 +258,22 @@ struct keel_pass {
     const struct keel_kv *kv; // NULL: keys and values of the batch itself
     uint32_t bucket;          // above 0: record for spans of up to this many tokens rather than for those of the batch
     uint32_t seq_rows;        // with bucket, where a group holds one token of each of several sequences: cache rows of a sequence
+    const keel_hooks *hooks;  // those that the batch was made for; NULL: none
 };
 // acts->x = scaled embedding of the batch's ids; at image tokens their own embeddings, which are not scaled.
 void keel_pass_embed(const struct keel_pass *p);
 // One block: y [T, D] = block(x). y may be x when acts were laid out without `keep`. With `y` nothing the last norm is left out
-// (the backward pass only needs what lies before it).
+// (the backward pass only needs what lies before it): x then has been through its hooks already.
 void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y);
 // Attention of one group; also used by the backward pass to get the probabilities of a group back.
 void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct keel_batch_group *g);
 // All blocks in place on acts->x.
 void keel_pass_blocks(const struct keel_pass *p);
+// Hooks of a site, on x [T, D] in place; whether there are any; what they do to a gradient.
+void keel_pass_hooks(const struct keel_pass *p, enum keel_site site, uint32_t layer, struct keel_span x);
+bool keel_pass_hooked(const struct keel_pass *p, enum keel_site site, uint32_t layer);
+void keel_pass_hooks_back(const struct keel_pass *p, enum keel_site site, uint32_t layer, struct keel_span dx);
+keel_status keel_pass_after(const struct keel_pass *p); // tells who captures that the batch was computed
 // logits [n, V] = head(rows), rows [n, D] already normalised.
 void keel_pass_head(const struct keel_pass *p, struct keel_span rows, struct keel_span logits, uint32_t n);
 

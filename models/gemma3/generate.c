@@ -118,6 +118,7 @@ static keel_status add(struct run *r, struct stream *t, uint32_t end, bool split
     const struct keel_batch_row row = {
         .ids = t->ids + t->n_kv, .n = end - t->n_kv, .images = t->row->images, .n_images = t->n_kv < t->row->n ? t->row->n_images : 0,
         .from = t->n_kv, .pos = t->n_kv, .cached = true, .slot0 = (uint32_t)(t - r->stream) * r->seq_rows, .split = split,
+        .prompt = t->row->n, .decode = t->n_kv >= t->row->n, .number = (uint32_t)(t->seed - r->sample->seed),
     };
     uint32_t first;
     const keel_status st = keel_batch_add(b, &row, &first);

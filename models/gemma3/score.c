@@ -148,6 +148,8 @@ static keel_status run_batch(struct run *r, const struct keel_kv *const kv[2])
     KEEL_TRY(keel_recorder_submit(s->rec));
     KEEL_TRY(keel_recorder_wait(s->rec));
     KEEL_TRY(store_results(r));
+    const struct keel_pass pass = keel_session_pass(s, s->rec, true);
+    KEEL_TRY(keel_pass_after(&pass));
     r->done += s->batch.n_tokens;
     keel_batch_clear(&s->batch);
     if (r->progress && !r->progress(r->user, r->done, r->total)) {
@@ -166,7 +168,8 @@ static keel_status add_part(struct run *r, struct item *it, uint32_t from, uint3
 {
     keel_session *s = r->s;
     const struct keel_batch_row row = { .ids = it->ids + from, .n = to - from, .images = it->images, .n_images = it->n_images,
-                                        .from = from, .pos = from, .cached = cached };
+                                        .from = from, .pos = from, .cached = cached, .prompt = it->first,
+                                        .number = (uint32_t)it->row };
     uint32_t t0;
     const keel_status st = keel_batch_add(&s->batch, &row, &t0);
     for (uint32_t i = from; st == KEEL_OK && i < to; i++) {

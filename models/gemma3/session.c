@@ -179,7 +179,16 @@ void keel_session_clear_adapters(keel_session *s)
 struct keel_pass keel_session_pass(const keel_session *s, keel_recorder *rec, bool adapted)
 {
     return (struct keel_pass){ .rec = rec, .model = s->model, .batch = &s->batch, .acts = &s->acts,
-                               .adapters = (const keel_adapter *const *)s->adapters, .n_adapters = adapted ? s->n_adapters : 0 };
+                               .adapters = (const keel_adapter *const *)s->adapters, .n_adapters = adapted ? s->n_adapters : 0,
+                               .hooks = adapted ? s->hooks : NULL };
+}
+
+keel_status keel_session_set_hooks(keel_session *s, const keel_hooks *hooks)
+{
+    const keel_status st = keel_batch_set_hooks(&s->batch, hooks);
+    s->hooks = st == KEEL_OK && hooks && keel_hooks_count(hooks) > 0 ? hooks : NULL;
+    s->bucket = 0;
+    return st;
 }
 
 // --- the sequence --------------------------------------------------------------------------------
@@ -224,6 +233,7 @@ static keel_status fill_batch(keel_session *s, struct keel_batch_row row)
     uint32_t first;
     row.pos = s->n_ids;
     row.cached = true;
+    row.prompt = s->n_prompt;
     keel_batch_clear(&s->batch);
     const keel_status st = keel_batch_add(&s->batch, &row, &first);
     if (st == KEEL_OK) {
@@ -237,7 +247,7 @@ static keel_status fill_batch(keel_session *s, struct keel_batch_row row)
 static keel_status append_one(keel_session *s, const struct keel_kv *kv, int32_t id)
 {
     keel_status st = KEEL_OK;
-    KEEL_TRY(fill_batch(s, (struct keel_batch_row){ .ids = &id, .n = 1 }));
+    KEEL_TRY(fill_batch(s, (struct keel_batch_row){ .ids = &id, .n = 1, .decode = true }));
     if (s->n_ids + 1 > s->bucket) {
         struct keel_pass p = keel_session_pass(s, s->step, true);
         p.kv = kv;
@@ -305,6 +315,9 @@ keel_status keel_session_append_images(keel_session *s, const int32_t *ids, size
     }
     KEEL_TRY(keel_session_cache(s, 0, &kv));
     s->has_logits = false;
+    if (n > 1 || s->n_ids == 0) {
+        s->n_prompt = s->n_ids + (uint32_t)n; // tokens that come one by one belong to the response
+    }
     if (n == 1 && n_images == 0) {
         KEEL_TRY(append_one(s, kv, ids[0]));
         s->ids[s->n_ids++] = ids[0];
@@ -345,6 +358,6 @@ uint32_t keel_session_length(const keel_session *s)
 
 void keel_session_reset(keel_session *s)
 {
-    s->n_ids = 0;
+    s->n_ids = s->n_prompt = 0;
     s->has_logits = false;
 }

@@ -21,10 +21,11 @@ struct keel_session {
     struct session_cache cache[3]; // the sequence; long rows of an evaluation; the same for the second model of a divergence
     keel_adapter **adapters;
     uint32_t n_adapters, lora_rank;
+    const keel_hooks *hooks;
     keel_recorder *rec, *step; // step: one token, replayed
     uint32_t bucket;           // contexts that `step` was recorded for; 0: not recorded
     int32_t *ids;              // [n_ctx] the sequence
-    uint32_t n_ids;
+    uint32_t n_ids, n_prompt; // n_prompt: tokens before the present response
     float *logits_host;        // [V]
     bool has_logits;
     struct keel_candidate *candidates; // [V]
@@ -32,7 +33,7 @@ struct keel_session {
 
 // The cache number `which`, made at first use.
 keel_status keel_session_cache(keel_session *s, uint32_t which, const struct keel_kv **kv);
-// A pass over the session's batch, with its adapters if `adapted`.
+// A pass over the session's batch, with its adapters and hooks if `adapted`.
 struct keel_pass keel_session_pass(const keel_session *s, keel_recorder *rec, bool adapted);
 // Logits of the batch's first n places, at most s->chunk, into the rows of scorer.logits[0].
 void keel_session_record_logits(const keel_session *s, const struct keel_pass *p, uint32_t n);

@@ -31,6 +31,7 @@ struct keel_trainer {
     struct keel_span rows, normed; // [max_loss, D]: final residual at the places; then its norm, then its gradient
     struct keel_span logits, partial;
     bool input_grads;
+    const keel_hooks *hooks;
     keel_recorder *rec;
 };
 
@@ -169,6 +170,7 @@ struct back {
     const keel_adapter *adapter;
     struct keel_span grads; // like adapter->params
     uint32_t n;             // tokens
+    const struct keel_pass *pass;
 };
 
 static struct keel_span grad_of(const struct back *b, struct keel_span param)
@@ -212,6 +214,20 @@ static void heads_back(const struct back *b, uint32_t kind, uint32_t n_heads, st
         .head_dim = b->t->model->cfg.head_dim, .eps = b->t->model->cfg.eps });
 }
 
+// Gradient of a branch's output before its norm, into g.t, from that of the residual stream.
+static void branch_back(const struct back *b, uint32_t layer, enum keel_site site, struct keel_span x, struct keel_span w)
+{
+    const struct grads *g = &b->t->g;
+    if (keel_pass_hooked(b->pass, site, layer)) {
+        const uint64_t bytes = 4ull * b->n * b->t->model->cfg.width;
+        keel_record_copy(b->t->rec, keel_span_sub(g->t, 0, bytes), keel_span_sub(g->x, 0, bytes));
+        keel_pass_hooks_back(b->pass, site, layer, g->t);
+        norm_back(b, x, w, g->t, g->t, false);
+    } else {
+        norm_back(b, x, w, g->x, g->t, false);
+    }
+}
+
 // g.x: gradient of the block's output on entry, of its input on return. The block's acts are those of its recomputation.
 // `lowest`: nothing below needs a gradient.
 static void block_back(const struct back *b, uint32_t layer, bool lowest)
@@ -223,7 +239,8 @@ static void block_back(const struct back *b, uint32_t layer, bool lowest)
     const struct keel_batch_group *group = &b->t->batch.group[0];
     const uint32_t kind = c->kind[layer];
     const struct keel_span nothing = { 0 };
-    norm_back(b, a->down, NORM(w, KEEL_T_POST_FFW_NORM), g->x, g->t, false);
+    keel_pass_hooks_back(b->pass, KEEL_SITE_POST, layer, g->x);
+    branch_back(b, layer, KEEL_SITE_MLP, a->down, NORM(w, KEEL_T_POST_FFW_NORM));
     project_back(b, layer, KEEL_FFN_DOWN, a->act, g->t, g->f, false);
     keel_geglu_bwd(b->t->rec, &(struct keel_geglu_bwd_params){ .gate = a->gate, .up = a->up, .dy = g->f, .d_gate = a->gate,
                                                                .d_up = a->up, .n = (uint64_t)b->n * c->ff_width });
@@ -231,7 +248,7 @@ static void block_back(const struct back *b, uint32_t layer, bool lowest)
     project_back(b, layer, KEEL_FFN_UP, a->fn, a->up, g->t, true);
     norm_back(b, a->x1, NORM(w, KEEL_T_FFN_NORM), g->t, g->x, true);
 
-    norm_back(b, a->ao, NORM(w, KEEL_T_POST_ATTN_NORM), g->x, g->t, false);
+    branch_back(b, layer, KEEL_SITE_ATTN, a->ao, NORM(w, KEEL_T_POST_ATTN_NORM));
     project_back(b, layer, KEEL_ATTN_OUTPUT, a->o, g->t, g->d_o, false);
     keel_attention_bwd(b->t->rec, &(struct keel_attention_bwd_params){
         .q = a->qr, .k = a->kr, .v = a->v, .spans = b->t->batch.spans[kind], .p = a->p, .d_o = g->d_o, .dq = g->dq, .dk = g->dk,
@@ -246,6 +263,7 @@ static void block_back(const struct back *b, uint32_t layer, bool lowest)
     project_back(b, layer, KEEL_ATTN_V, a->xn, g->dv, dxn, true);
     if (!lowest) {
         norm_back(b, b->t->saved[layer], NORM(w, KEEL_T_ATTN_NORM), g->t, g->x, true);
+        keel_pass_hooks_back(b->pass, KEEL_SITE_PRE, layer, g->x);
     }
 }
 
@@ -286,7 +304,8 @@ static keel_status fill_batch(keel_trainer *t, const struct keel_seq *seqs, size
     keel_batch_clear(&t->batch);
     for (size_t s = 0; s < n_seqs; s++) {
         const struct keel_batch_row row = { .ids = seqs[s].ids, .n = seqs[s].n, .images = seqs[s].images,
-                                            .n_images = seqs[s].n_images };
+                                            .n_images = seqs[s].n_images, .prompt = seqs[s].first, .mask = seqs[s].mask,
+                                            .number = (uint32_t)s };
         uint32_t first;
         KEEL_ASSERT(seqs[s].n <= t->max_row && seqs[s].first >= 1);
         if (row.n_images > 0) {
@@ -351,8 +370,8 @@ keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, stru
         return KEEL_OK;
     }
     const struct keel_pass pass = { .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = &adapter,
-                                    .n_adapters = 1 };
-    const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens };
+                                    .n_adapters = 1, .hooks = t->hooks };
+    const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens, .pass = &pass };
     uint32_t lowest = 0;
     while (!t->input_grads && lowest < n_layers && !has_pairs(adapter, lowest)) {
         lowest++;
@@ -377,6 +396,13 @@ out:
     if (st != KEEL_OK && t->rec) {
         keel_recorder_reset(t->rec);
     }
+    return st;
+}
+
+keel_status keel_trainer_set_hooks(keel_trainer *t, const keel_hooks *hooks)
+{
+    const keel_status st = keel_batch_set_hooks(&t->batch, hooks);
+    t->hooks = st == KEEL_OK && hooks && keel_hooks_count(hooks) > 0 ? hooks : NULL;
     return st;
 }
 

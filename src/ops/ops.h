@@ -233,6 +233,55 @@ void keel_pool(keel_recorder *rec, const struct keel_pool_params *p);
 // dx [grid², D] from dy [side², D]: x is dy, y is dx.
 void keel_pool_bwd(keel_recorder *rec, const struct keel_pool_params *p);
 
+// --- marked rows: steering and running sums (rows.c) ----------------------------------------------
+
+// marks [T] f32 in memory that may change between replays: how much of an op a row gets, 0 or 1 for a set of positions.
+
+// x [T, D] += a · marks[t] · v, v [D].
+struct keel_rows_add_params {
+    struct keel_span x, v, marks;
+    uint32_t n_rows, width;
+    float a;
+};
+void keel_rows_add(keel_recorder *rec, const struct keel_rows_add_params *p);
+
+// Takes components along orthonormal directions u [k, D] out of x [T, D]:
+//   KEEL_ABLATE: x -= marks[t] · (x·uᵢ) uᵢ for each i; KEEL_CAP: x -= marks[t] · max(x·u - limit, 0) u; KEEL_FLOOR: with min.
+//   A limit takes k = 1 and writes factor [T]: marks[t] where it changed the row, else 0.
+// Backward: ablation of dy in place with the same u, and as marks the same marks or, after a limit, its factor: the maps are
+// symmetric.
+enum keel_rows_mode { KEEL_ABLATE, KEEL_CAP, KEEL_FLOOR };
+struct keel_rows_project_params {
+    struct keel_span x, u, marks, factor;
+    uint32_t n_rows, width, k;
+    enum keel_rows_mode mode;
+    float limit;
+};
+void keel_rows_project(keel_recorder *rec, const struct keel_rows_project_params *p);
+
+// y [T, k] = x [T, D] · uᵀ, u [k, D]
+void keel_rows_dot(keel_recorder *rec, struct keel_span x, struct keel_span u, struct keel_span y, uint32_t n_rows, uint32_t k,
+                   uint32_t width);
+// y [T] = squared lengths of the rows of x [T, D]
+void keel_rows_square(keel_recorder *rec, struct keel_span x, struct keel_span y, uint32_t n_rows, uint32_t width);
+
+// sums [3, 2, D] += Σ marks[t] · {x - shift, (x - shift)², |x|}; the total of each is the sum of its two rows. shift [D] near the
+// mean keeps the digits of small variances beside large means.
+struct keel_rows_sums_params {
+    struct keel_span x, marks, shift, sums;
+    uint32_t n_rows, width;
+};
+void keel_rows_sums(keel_recorder *rec, const struct keel_rows_sums_params *p);
+// sums [D, D] += Σ marks[t] · (x - shift)(x - shift)ᵀ
+void keel_rows_cov(keel_recorder *rec, const struct keel_rows_sums_params *p);
+
+// y [R, D]: row r is Σ marks[t] · x[t] over t in [segments[r, 0], segments[r, 1]); segments [R, 2] u32. n_rows: rows of x.
+struct keel_rows_pool_params {
+    struct keel_span x, marks, segments, y;
+    uint32_t n_rows, n_segments, width;
+};
+void keel_rows_pool(keel_recorder *rec, const struct keel_rows_pool_params *p);
+
 // --- vocabulary rows: loss, log-probabilities, divergence (xent.c) -------------------------------
 
 // For each row of logits [C, V]: stats[i] = {max, log-sum-exp, logit of targets[i], entropy}, 4 × f32.

@@ -89,6 +89,18 @@ void ref_bias(double *y, const double *x, const double *b, const double *residua
 void ref_pool(double *y, const double *x, int grid, int kernel, int D);
 void ref_pool_bwd(double *dx, const double *dy, int grid, int kernel, int D);
 
+// --- marked rows -----------------------------------------------------------------------------------
+
+void ref_rows_add(double *x, const double *v, const double *marks, int T, int D, double a); // x [T, D] += a · marks[t] · v
+void ref_rows_dot(double *y, const double *x, const double *u, int T, int k, int D);        // y [T, k] = x · uᵀ
+// Takes components along u [k, D] out of x; mode 0: all of it, 1: above the limit, 2: below. factor [T]: marks[t] where a limit was
+// passed, else 0.
+void ref_rows_project(double *x, double *factor, const double *u, const double *marks, int T, int D, int k, int mode, double limit);
+// sum, square, size [D] += Σ marks[t] · {x - shift, (x - shift)², |x|}
+void ref_rows_sums(double *sum, double *square, double *size, const double *x, const double *marks, const double *shift, int T, int D);
+void ref_rows_cov(double *cov, const double *x, const double *marks, const double *shift, int T, int D); // [D, D] +=
+void ref_rows_pool(double *y, const double *x, const double *marks, const uint32_t *segments, int R, int D); // [R, D] sums of segments
+
 // --- vocabulary rows -----------------------------------------------------------------------------
 
 // stats [C, 4] = max, log-sum-exp, logit of the target, entropy in nats

@@ -7,6 +7,7 @@
 #include <keel/bench.h>
 #include <keel/convert.h>
 #include <keel/device.h>
+#include <keel/hooks.h>
 #include <keel/images.h>
 #include <keel/log.h>
 #include <keel/model.h>
