@@ -15,6 +15,7 @@
 #include <keel/images.h>
 #include <keel/model.h>
 #include <keel/session.h>
+#include <keel/vision.h>
 
 // --- projections and adapters --------------------------------------------------------------------
 
@@ -33,6 +34,8 @@ typedef struct keel_adapter {
     float alpha, scale;    // scale: the user's factor
     uint32_t n_layers;
     struct keel_lora *pair; // [n_layers × KEEL_N_PROJ]; rank 0 where there is none
+    struct keel_lora *vision; // [vision layers × 6 + 1]: maps of the tower's blocks, then the projector; NULL: a model without tower
+    uint32_t n_pairs;         // of both together; they are one array
     struct keel_span params;
     uint64_t n_floats;     // floats in params, padding included
     uint64_t n_params;     // without padding
@@ -48,6 +51,14 @@ keel_status keel_adapter_save(const keel_adapter *adapter, const keel_model *mod
 void keel_adapter_destroy(keel_adapter **adapter);
 // Device bytes of the parameters of an adapter with this rank and these targets.
 uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets);
+
+// The tower that targets "vision.*" belong to; adapters of `model` made from now on may hold pairs of it. Borrowed; NULL: none.
+void keel_model_use_vision(keel_model *model, keel_vision *vision);
+
+// Puts the vision pairs of an adapter (if it has any) in force for keel_vision_encode(), and takes them out again. Borrowed. Call
+// use again after its parameters changed: cached tokens are found by them. `dev`: where they are. Errors: ARG (above 8), NO_MEMORY.
+keel_status keel_vision_use_adapter(keel_vision *vision, keel_device *dev, const keel_adapter *adapter);
+void keel_vision_drop_adapter(keel_vision *vision, const keel_adapter *adapter);
 
 // --- data rows (rows.c) --------------------------------------------------------------------------
 
@@ -114,5 +125,20 @@ keel_status keel_trainer_set_hooks(keel_trainer *trainer, const keel_hooks *hook
 void keel_trainer_want_input_grads(keel_trainer *trainer, bool on);
 // [T, width] f32 on the device, tokens of the last step's rows one row after the other; valid until the next step.
 struct keel_span keel_trainer_input_grads(const keel_trainer *trainer);
+
+// --- training through the vision tower ------------------------------------------------------------
+
+// Buffers for forward and backward of one image through tower and projector. Loads the tower. Errors: NO_MEMORY, UNSUPPORTED.
+typedef struct keel_vision_trainer keel_vision_trainer;
+keel_status keel_vision_trainer_create(keel_vision_trainer **out, keel_vision *vision, keel_device *dev);
+void keel_vision_trainer_destroy(keel_vision_trainer **trainer);
+uint64_t keel_vision_trainer_bytes(const keel_vision *vision, uint32_t rank); // device memory, weights not included
+// Soft tokens [n_tokens, out_width] of an image file under the adapter's vision pairs; no cache. Errors: as keel_vision_encode().
+keel_status keel_vision_trainer_forward(keel_vision_trainer *trainer, const keel_adapter *adapter, const char *image_path,
+                                        float *tokens);
+// Adds to `grads` (laid out like adapter->params) the gradient of Σ d_tokens · tokens with respect to the vision pairs. Computes
+// the forward pass again, so images may come in any order. Blocks until done.
+keel_status keel_vision_trainer_backward(keel_vision_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
+                                         const char *image_path, const float *d_tokens);
 
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // gemma3/adapter.c: LoRA adapters on the device: made new, loaded, saved. Owns the layout of all parameters as one vector.
 // Source: Hu et al. 2021; initialisation as PEFT's LoraLayer.reset_lora_parameters (A Kaiming-uniform with a = sqrt(5), B zero).
-#include "gemma3.h"
+#include "vision_internal.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -12,25 +12,59 @@ static uint64_t pair_bytes(uint32_t rank, uint32_t k, uint32_t n)
     return keel_align_up(4ull * rank * k, 256) + keel_align_up(4ull * rank * n, 256);
 }
 
+static uint32_t n_text_pairs(const keel_model *model)
+{
+    return model->cfg.n_layers * KEEL_N_PROJ;
+}
+
+uint32_t keel_adapter_n_pairs(const keel_model *model)
+{
+    return n_text_pairs(model) + (model->vision ? model->vision->cfg.n_layers * KEEL_V_N_PROJ + 1 : 0);
+}
+
+void keel_adapter_pair_shape(const keel_model *model, uint32_t pair, uint32_t *k, uint32_t *n)
+{
+    const uint32_t text = n_text_pairs(model);
+    if (pair < text) {
+        keel_proj_shape(model, pair % KEEL_N_PROJ, k, n);
+        return;
+    }
+    const struct keel_siglip *c = &model->vision->cfg;
+    const uint32_t proj = (pair - text) % KEEL_V_N_PROJ;
+    const bool last = pair - text == c->n_layers * KEEL_V_N_PROJ;
+    *k = !last && proj == KEEL_V_DOWN ? c->ff_width : c->width;
+    *n = last ? c->out_width : proj == KEEL_V_UP ? c->ff_width : c->width;
+}
+
+// Bit of `targets` that asks for a pair.
+static uint32_t target_of(const keel_model *model, uint32_t pair)
+{
+    const uint32_t text = n_text_pairs(model);
+    if (pair < text) {
+        return pair % KEEL_N_PROJ;
+    }
+    const bool last = pair - text == model->vision->cfg.n_layers * KEEL_V_N_PROJ;
+    return KEEL_N_PROJ + (last ? KEEL_V_N_PROJ : (pair - text) % KEEL_V_N_PROJ);
+}
+
 uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets)
 {
-    uint64_t layer = 0;
-    for (uint32_t i = 0; i < KEEL_N_PROJ; i++) {
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < keel_adapter_n_pairs(model); i++) {
         uint32_t k, n;
-        keel_proj_shape(model, i, &k, &n);
-        layer += targets >> i & 1 ? pair_bytes(rank, k, n) : 0;
+        keel_adapter_pair_shape(model, i, &k, &n);
+        bytes += targets >> target_of(model, i) & 1 ? pair_bytes(rank, k, n) : 0;
     }
-    return layer * model->cfg.n_layers;
+    return bytes;
 }
 
 // Allocates the device side for the pairs' ranks and scales that are already set.
 static keel_status place_pairs(keel_adapter *a, keel_model *model)
 {
     keel_status st = KEEL_OK;
-    const size_t n_pairs = (size_t)a->n_layers * KEEL_N_PROJ;
     uint64_t at = 0;
-    for (size_t i = 0; i < n_pairs; i++) {
-        keel_proj_shape(model, i % KEEL_N_PROJ, &a->pair[i].k, &a->pair[i].n);
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
+        keel_adapter_pair_shape(model, i, &a->pair[i].k, &a->pair[i].n);
         at += a->pair[i].rank ? pair_bytes(a->pair[i].rank, a->pair[i].k, a->pair[i].n) : 0;
     }
     if (at == 0 || at > keel_device_caps(model->dev)->max_buffer) {
@@ -43,7 +77,7 @@ static keel_status place_pairs(keel_adapter *a, keel_model *model)
     KEEL_TRY(keel_heap_alloc(a->heap, at, &a->params));
     a->n_floats = at / 4;
     at = 0;
-    for (size_t i = 0; i < n_pairs; i++) {
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
         struct keel_lora *p = &a->pair[i];
         if (p->rank == 0) {
             continue;
@@ -65,7 +99,9 @@ static keel_status new_adapter(keel_adapter **out, const keel_model *model)
     if (a) {
         a->n_layers = model->cfg.n_layers;
         a->scale = 1.0f;
-        a->pair = calloc((size_t)a->n_layers * KEEL_N_PROJ, sizeof *a->pair);
+        a->n_pairs = keel_adapter_n_pairs(model);
+        a->pair = calloc(a->n_pairs, sizeof *a->pair);
+        a->vision = a->pair && model->vision ? a->pair + n_text_pairs(model) : NULL;
     }
     if (!a || !a->pair) {
         free(a);
@@ -85,8 +121,8 @@ keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t 
     KEEL_TRY(new_adapter(&a, model));
     a->rank = rank;
     a->alpha = alpha;
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
-        a->pair[i].rank = targets >> (i % KEEL_N_PROJ) & 1 ? rank : 0;
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
+        a->pair[i].rank = targets >> target_of(model, i) & 1 ? rank : 0;
         a->pair[i].scale = alpha / (float)rank;
     }
     KEEL_TRY(place_pairs(a, model));
@@ -94,7 +130,7 @@ keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t 
     if (!host) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "no memory for an adapter of %.1f MB", (double)a->n_floats * 4e-6);
     }
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
         const struct keel_lora *p = &a->pair[i];
         struct keel_rng rng = keel_rng_make(seed, UINT64_C(0x4c6f5241) << 32 | i); // a stream of its own for each tensor
         const double bound = 1.0 / sqrt((double)p->k);
@@ -124,7 +160,7 @@ keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char 
     a->rank = f.rank;
     a->alpha = f.alpha;
     a->scale = scale;
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
         a->pair[i].rank = f.pair[i].rank;
         a->pair[i].scale = f.pair[i].scale * scale;
     }
@@ -133,7 +169,7 @@ keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char 
     if (!host) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
     }
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
         const struct keel_lora *p = &a->pair[i];
         if (p->rank > 0) {
             memcpy(host + (p->a.offset - a->params.offset) / 4, f.pair[i].a, p->a.bytes);
@@ -157,7 +193,7 @@ keel_status keel_adapter_save(const keel_adapter *a, const keel_model *model, co
     KEEL_TRY(keel_adapter_file_init(&f, model));
     f.alpha = a->alpha;
     f.rank = a->rank;
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
         const struct keel_lora *p = &a->pair[i];
         struct keel_adapter_pair *to = &f.pair[i];
         if (p->rank == 0) {

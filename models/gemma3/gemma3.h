@@ -89,6 +89,7 @@ struct keel_model {
     keel_device *dev;
     keel_heap *heap; // weights
     struct keel_gemma3_weights w;
+    struct keel_vision *vision; // borrowed; the tower whose maps adapters may change, or NULL
 };
 
 // Uploads all weights into model->heap. Errors: NO_MEMORY, NUMERIC, DEVICE_LOST.
@@ -284,6 +285,10 @@ void keel_trainer_plan(const keel_model *model, uint32_t tokens, uint32_t max_ro
                        void (*row)(struct keel_plan *p, const char *what, uint64_t bytes, bool host));
 
 // --- adapters in host memory (adapter_file.c, adapter_peft.c) -------------------------------------
+
+// Pairs that an adapter of this model can have, those of its vision tower after its own, and their shapes.
+uint32_t keel_adapter_n_pairs(const keel_model *model);
+void keel_adapter_pair_shape(const keel_model *model, uint32_t pair, uint32_t *k, uint32_t *n);
 
 struct keel_adapter_file {
     float alpha;

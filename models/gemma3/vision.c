@@ -121,6 +121,19 @@ keel_status keel_vision_plan(const keel_vision *vision, struct keel_plan *out)
 
 // --- loading -------------------------------------------------------------------------------------
 
+static keel_status check_limits(const keel_vision *v, const keel_device *dev)
+{
+    const struct keel_siglip *c = &v->cfg;
+    const uint64_t range = keel_device_caps(dev)->max_range;
+    const uint64_t widest = KEEL_MAX(c->width, keel_patch_cols(c));
+    if (4ull * c->n_patches * widest > range || 4ull * KEEL_ATTENTION_GROUP * c->n_heads * c->n_patches > range) {
+        KEEL_ERROR(v->log, "%s: %u patches of an image do not fit this device's bindings of %.0f MB", v->info.path, c->n_patches,
+                   (double)range / 1e6);
+        return KEEL_ERR_UNSUPPORTED;
+    }
+    return KEEL_OK;
+}
+
 keel_status keel_vision_load(keel_vision *vision, keel_device *dev)
 {
     keel_status st = KEEL_OK;
@@ -132,10 +145,10 @@ keel_status keel_vision_load(keel_vision *vision, keel_device *dev)
         return KEEL_OK;
     }
     vision->dev = dev;
+    KEEL_TRY(check_limits(vision, dev));
     KEEL_TRY(keel_heap_create(&vision->heap, dev, KEEL_HEAP_DEVICE, "vision weights"));
     KEEL_TRY(keel_heap_reserve(vision->heap, keel_siglip_weight_bytes(vision)));
     KEEL_TRY(keel_siglip_upload(vision));
-    KEEL_TRY(keel_tower_create(&vision->tower, vision));
 out:
     if (st != KEEL_OK) {
         keel_vision_unload(vision);
@@ -172,21 +185,61 @@ static void cut_patches(const struct keel_siglip *c, const struct keel_image *im
     }
 }
 
-static keel_status compute(keel_vision *v, keel_device *dev, const struct keel_image *image, float *tokens)
+static keel_status read_image(const keel_vision *v, const char *path, struct keel_image *image)
+{
+    struct keel_map map = {0};
+    keel_status st = keel_map_open(&map, path, v->log);
+    memset(image, 0, sizeof *image);
+    if (st == KEEL_OK) {
+        st = keel_image_decode(image, map.data, map.len_bytes, path, v->log);
+    }
+    keel_map_close(&map);
+    return st;
+}
+
+static keel_status patches_of(const keel_vision *v, const struct keel_image *image, float **patches)
 {
     keel_status st = KEEL_OK;
     const struct keel_siglip *c = &v->cfg;
     struct keel_image square = {0};
-    float *patches = malloc((size_t)c->n_patches * keel_patch_cols(c) * sizeof *patches);
-    if (!patches) {
+    float *out = malloc((size_t)c->n_patches * keel_patch_cols(c) * sizeof *out);
+    *patches = NULL;
+    if (!out) {
         KEEL_FAIL(v->log, KEEL_ERR_NO_MEMORY, "no memory for the patches of an image");
     }
-    KEEL_TRY(keel_vision_load(v, dev));
     KEEL_TRY(keel_image_resize(&square, image, c->image_size, c->image_size, v->log));
-    cut_patches(c, &square, patches);
-    KEEL_TRY(keel_tower_run(v, patches, tokens));
+    cut_patches(c, &square, out);
+    *patches = out;
+    out = NULL;
 out:
     keel_image_finish(&square);
+    free(out);
+    return st;
+}
+
+keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, float **patches)
+{
+    keel_status st = KEEL_OK;
+    struct keel_image image = {0};
+    *patches = NULL;
+    KEEL_TRY(read_image(vision, image_path, &image));
+    KEEL_TRY(patches_of(vision, &image, patches));
+out:
+    keel_image_finish(&image);
+    return st;
+}
+
+static keel_status compute(keel_vision *v, keel_device *dev, const struct keel_image *image, float *tokens)
+{
+    keel_status st = KEEL_OK;
+    float *patches = NULL;
+    KEEL_TRY(keel_vision_load(v, dev));
+    KEEL_TRY(patches_of(v, image, &patches));
+    if (!v->tower) {
+        KEEL_TRY(keel_tower_create(&v->tower, v));
+    }
+    KEEL_TRY(keel_tower_run(v, patches, tokens));
+out:
     free(patches);
     return st;
 }
@@ -200,10 +253,8 @@ static uint64_t pixel_hash(const struct keel_image *image)
 keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char *image_path, float *tokens)
 {
     keel_status st = KEEL_OK;
-    struct keel_map map = {0};
     struct keel_image image = {0};
-    KEEL_TRY(keel_map_open(&map, image_path, vision->log));
-    KEEL_TRY(keel_image_decode(&image, map.data, map.len_bytes, image_path, vision->log));
+    KEEL_TRY(read_image(vision, image_path, &image));
     keel_vision_hash(vision);
     const uint64_t pixels = pixel_hash(&image);
     if (keel_vision_cache_read(vision, pixels, tokens)) {
@@ -216,6 +267,78 @@ keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char
     keel_vision_cache_write(vision, pixels, tokens);
 out:
     keel_image_finish(&image);
-    keel_map_close(&map);
     return st;
+}
+
+// --- adapters ------------------------------------------------------------------------------------
+
+void keel_model_use_vision(keel_model *model, keel_vision *vision)
+{
+    KEEL_ASSERT(!vision || vision->cfg.out_width == model->cfg.width);
+    model->vision = vision;
+}
+
+uint32_t keel_vision_rank(const struct keel_tower_pass *p)
+{
+    uint32_t rank = 0;
+    for (uint32_t i = 0; i < p->n_adapters; i++) {
+        const keel_adapter *a = p->adapters[i];
+        for (uint32_t k = 0; a->vision && a->vision + k < a->pair + a->n_pairs; k++) {
+            rank = KEEL_MAX(rank, a->vision[k].rank);
+        }
+    }
+    return rank;
+}
+
+static bool has_vision_pairs(const keel_adapter *a)
+{
+    const struct keel_tower_pass p = {.adapters = &a, .n_adapters = 1};
+    return keel_vision_rank(&p) > 0;
+}
+
+static keel_status hash_adapter(const keel_vision *v, keel_device *dev, const keel_adapter *a, uint64_t *out)
+{
+    keel_status st = KEEL_OK;
+    const size_t bytes = a->n_floats * sizeof(float);
+    float *host = malloc(bytes);
+    if (!host) {
+        KEEL_FAIL(v->log, KEEL_ERR_NO_MEMORY, "no memory to hash an adapter of %.1f MB", (double)bytes / 1e6);
+    }
+    KEEL_TRY(keel_download(dev, host, a->params, bytes));
+    *out = keel_hash(KEEL_HASH_INIT, host, bytes);
+    for (uint32_t k = 0; k < a->n_pairs; k++) {
+        *out = keel_hash(*out, &a->pair[k].rank, sizeof a->pair[k].rank);
+        *out = keel_hash(*out, &a->pair[k].scale, sizeof a->pair[k].scale);
+    }
+out:
+    free(host);
+    return st;
+}
+
+keel_status keel_vision_use_adapter(keel_vision *v, keel_device *dev, const keel_adapter *adapter)
+{
+    keel_status st = KEEL_OK;
+    keel_vision_drop_adapter(v, adapter);
+    if (!has_vision_pairs(adapter)) {
+        return KEEL_OK;
+    }
+    if (v->n_adapters == KEEL_COUNT(v->adapters)) {
+        KEEL_FAIL(v->log, KEEL_ERR_ARG, "%s: more than %zu adapters of a vision tower", v->info.path, KEEL_COUNT(v->adapters));
+    }
+    KEEL_TRY(hash_adapter(v, dev, adapter, &v->adapter_hash[v->n_adapters]));
+    v->adapters[v->n_adapters++] = adapter;
+out:
+    return st;
+}
+
+void keel_vision_drop_adapter(keel_vision *v, const keel_adapter *adapter)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < v->n_adapters; i++) {
+        if (v->adapters[i] != adapter) {
+            v->adapters[n] = v->adapters[i];
+            v->adapter_hash[n++] = v->adapter_hash[i];
+        }
+    }
+    v->n_adapters = n;
 }

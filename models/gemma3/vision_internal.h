@@ -8,6 +8,8 @@
 
 #include <keel/vision.h>
 
+#include <math.h>
+
 // --- shape and file (vision_config.c) ------------------------------------------------------------
 
 struct keel_siglip {
@@ -26,6 +28,11 @@ struct keel_siglip {
 static inline uint32_t keel_patch_cols(const struct keel_siglip *c)
 {
     return 3 * c->patch * c->patch;
+}
+
+static inline float keel_siglip_scale(const struct keel_siglip *c)
+{
+    return 1.0f / sqrtf((float)c->head_dim);
 }
 
 // Linear maps of a block with a bias each, then the two norms.
@@ -67,7 +74,10 @@ struct keel_vision {
     keel_device *dev;
     keel_heap *heap; // weights
     struct keel_siglip_weights w;
-    struct keel_tower *tower; // buffers and recorder of a pass; NULL until loaded
+    struct keel_tower *tower; // buffers and recorder of a pass; NULL until the first image
+    const keel_adapter *adapters[8]; // borrowed: those whose vision pairs are in force
+    uint64_t adapter_hash[8];        // of their parameters and scales
+    uint32_t n_adapters;
     bool cache_warned;
 };
 
@@ -77,13 +87,67 @@ uint64_t keel_siglip_weight_bytes(const keel_vision *vision); // what it will al
 
 // --- pass (vision_tower.c) -----------------------------------------------------------------------
 
-// Buffers for one image on vision->dev. Errors: UNSUPPORTED (above the device's limits), NO_MEMORY.
+// Patches that go through a feed-forward layer at once: 4304 wide, all 4096 would take 70 MB. A multiple of 64, so that parts of
+// a span begin where bindings may.
+#define KEEL_FFN_ROWS 512u
+static inline struct keel_span keel_rows(struct keel_span s, uint32_t first, uint32_t n, uint32_t width)
+{
+    return keel_span_sub(s, 4ull * first * width, 4ull * n * width);
+}
+
+// Activations of one image, P patches. Where nothing is needed on the way back, fields share memory.
+struct keel_tower_acts {
+    struct keel_span spans;   // [P] struct keel_token_span: every patch sees all
+    struct keel_span patches; // [P, 3·patch²]
+    struct keel_span x;       // [P, D] residual stream
+    struct keel_span xn, q, k, v, o, half, x1, fn; // [P, D]; half: a half block's output before it is added to the stream
+    struct keel_span up, act; // [KEEL_FFN_ROWS, F]
+    struct keel_span p;       // attention probabilities of a chunk of patches
+    struct keel_span pooled, normed; // [n_tokens, D]
+    struct keel_span tokens;  // [n_tokens, out_width]
+    struct keel_span h[KEEL_V_N_PROJ + 1]; // [P, r] of the adapters; the last one, [n_tokens, r], of the projector
+};
+// `keep`: for the backward pass.
+void keel_tower_layout(struct keel_layout *l, struct keel_tower_acts *a, const struct keel_siglip *c, bool keep);
+void keel_tower_lora_layout(struct keel_layout *l, struct keel_tower_acts *a, const struct keel_siglip *c, uint32_t rank);
+keel_status keel_tower_spans(const struct keel_tower_acts *a, keel_device *dev, uint32_t n_patches); // fills a->spans
+
+struct keel_tower_pass {
+    keel_recorder *rec;
+    const keel_vision *v;
+    const struct keel_tower_acts *a;
+    const keel_adapter *const *adapters;
+    uint32_t n_adapters;
+};
+// The pair of an adapter for a map of a block, or for the projector (layer n_layers, proj 0). NULL where there is none.
+static inline const struct keel_lora *keel_vision_pair(const keel_adapter *a, uint32_t layer, uint32_t proj)
+{
+    const struct keel_lora *pair = a->vision ? &a->vision[(size_t)layer * KEEL_V_N_PROJ + proj] : NULL;
+    return pair && pair->rank > 0 ? pair : NULL;
+}
+uint32_t keel_vision_rank(const struct keel_tower_pass *p); // the largest rank of any pair, 0 if there is none
+
+void keel_tower_embed(const struct keel_tower_pass *p, struct keel_span x);   // x from a->patches
+void keel_tower_project(const struct keel_tower_pass *p, struct keel_span x); // a->tokens from the last block's output
+void keel_tower_block(const struct keel_tower_pass *p, uint32_t layer, struct keel_span x, struct keel_span y); // y may be x unless kept
+// The parts of a block: everything up to a->fn; a->act of `n` rows of the feed-forward layer.
+void keel_tower_attention_half(const struct keel_tower_pass *p, uint32_t layer, struct keel_span x);
+void keel_tower_ffn_rows(const struct keel_tower_pass *p, uint32_t layer, uint32_t first, uint32_t n);
+// Submits, waits, and copies a->tokens. Errors: NUMERIC, DEVICE_LOST.
+keel_status keel_tower_read(const struct keel_tower_pass *p, float *tokens);
+
+// Buffers for inference of one image on vision->dev. Errors: NO_MEMORY.
 keel_status keel_tower_create(struct keel_tower **out, const keel_vision *vision);
 void keel_tower_destroy(struct keel_tower **tower); // accepts &NULL
 uint64_t keel_tower_bytes(const struct keel_siglip *c); // device memory of those buffers
-// tokens [n_tokens, out_width] from patches [n_patches, 3, patch, patch], both in host memory. Blocks until done.
-// Errors: NUMERIC, DEVICE_LOST.
+// tokens [n_tokens, out_width] from patches [n_patches, 3, patch, patch], both in host memory, under vision->adapters. Blocks.
+// Errors: NUMERIC, NO_MEMORY, DEVICE_LOST.
 keel_status keel_tower_run(const keel_vision *vision, const float *patches, float *tokens);
+
+// --- images (vision.c) ---------------------------------------------------------------------------
+
+// Patches of an image file, resized and normalised: [n_patches, 3, patch, patch], malloc'ed. Errors: as keel_vision_encode().
+keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, float **patches);
 
 // --- disk cache (vision_cache.c) ------------------------------------------------------------------
 

@@ -11,4 +11,5 @@ struct attention_pc {
     uint group0;     // first group of tokens (or keys) of this dispatch, counted from t0
     uint groups;     // groups of this dispatch
     float scale;
+    uint add;        // keys: add to what is there
 };

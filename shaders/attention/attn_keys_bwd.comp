@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// attn_keys_bwd: d[j, g, :] = scale · Σ_h Σ_t P[h, t, j] a[t, h, :] over the query heads of key head g and the tokens that see
-// key j; dv with (P, d_o), dk with (ds, q). Lane = element of the head; 4 keys share each row of a.
+// attn_keys_bwd: d[j, g, :] = or += scale · Σ_h Σ_t P[h, t, j] a[t, h, :] over the query heads of key head g and those tokens of P
+// that see key j; dv with (P, d_o), dk with (ds, q). Lane = element of the head; 4 keys share each row of a.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
@@ -15,13 +15,13 @@ layout(push_constant) uniform Push { attention_pc pc; };
 OPERAND(0, p)
 OPERAND(1, a)        // [T, H, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // lo, hi, slot, q_lo, q_hi
-layout(set = 0, binding = 3) restrict writeonly buffer D { float dkv[]; };     // [T, G, d]
+layout(set = 0, binding = 3) restrict buffer D { float dkv[]; };               // [T, G, d]
 
 float weight(uint h, uint t, uint j)
 {
     const uint lo = spans[t * 8u], hi = spans[t * 8u + 1u];
     const bool seen = j >= lo && j < hi;
-    const float v = p((h * pc.p_rows + t) * pc.p_cols + (seen ? j - lo : 0u));
+    const float v = p((h * pc.p_rows + t - pc.t0) * pc.p_cols + (seen ? j - lo : 0u));
     return seen ? v : 0.0;
 }
 
@@ -37,6 +37,8 @@ void main()
         t_first = min(t_first, spans[j * 8u + 3u]);
         t_end = max(t_end, spans[j * 8u + 4u]);
     }
+    t_first = max(t_first, pc.t0);
+    t_end = min(t_end, pc.t0 + pc.p_rows);
     float acc[GROUP * ELEMS];
     [[unroll]] for (uint i = 0; i < GROUP * ELEMS; i++) {
         acc[i] = 0.0;
@@ -65,7 +67,9 @@ void main()
             [[unroll]] for (uint e = 0; e < ELEMS; e++) {
                 const uint d = gl_LocalInvocationID.x + 64u * e;
                 if (d < pc.head_dim) {
-                    dkv[((j0 + i) * pc.n_kv_heads + g) * pc.head_dim + d] = pc.scale * acc[i * ELEMS + e];
+                    const uint at = ((j0 + i) * pc.n_kv_heads + g) * pc.head_dim + d;
+                    const float v = pc.scale * acc[i * ELEMS + e];
+                    dkv[at] = pc.add != 0u ? dkv[at] + v : v;
                 }
             }
         }

@@ -5,7 +5,7 @@
 
 #include "attention/attention.h"
 
-static_assert(sizeof(struct attention_pc) == 44, "shaders/attention/attention.h");
+static_assert(sizeof(struct attention_pc) == 48, "shaders/attention/attention.h");
 
 #define GROUP KEEL_ATTENTION_GROUP
 // Probabilities of one chunk. Large enough for 512 tokens × 8 heads × 512 keys, far below every binding limit.
@@ -59,47 +59,71 @@ static void record_product(keel_recorder *rec, struct attention_pc pc, const str
     }
 }
 
+// Tokens whose probabilities fit `bytes` at once: all, or a multiple of GROUP.
+static uint32_t chunk_of(uint64_t bytes, uint64_t row_bytes, uint32_t n_tokens)
+{
+    const uint64_t fit = bytes / row_bytes;
+    return fit >= n_tokens ? n_tokens : KEEL_MAX((uint32_t)fit / GROUP * GROUP, GROUP);
+}
+
+// P = softmax(scale · q kᵀ) for the tokens of one chunk.
+static void record_probabilities(keel_recorder *rec, const struct attention_pc *pc, struct keel_span q, struct keel_span k,
+                                 struct keel_span spans, struct keel_span p, uint32_t max_union)
+{
+    const uint64_t n = (uint64_t)pc->p_rows * pc->n_heads * pc->p_cols;
+    record_product(rec, *pc, &(struct product_args){ SCORES, q, k, spans, p, keel_div_up(pc->p_rows, GROUP), max_union, "attn_scores" });
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_attn_softmax, .spec = { LANES }, .n_spec = 1, .bind = { READ(spans), UPDATE(p) }, .n_bind = 2,
+        .push = pc, .push_bytes = sizeof *pc, .groups = { pc->p_rows, pc->n_heads, 1 },
+        .flops = 6 * n, .bytes = 12 * n, .label = "attn_softmax" });
+}
+
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
 {
-    const uint64_t row = 4ull * p->n_heads * p->max_span;
-    uint32_t chunk = (uint32_t)KEEL_MIN(p->p.bytes / row, (uint64_t)p->n_tokens);
-    if (chunk < p->n_tokens) {
-        chunk = KEEL_MAX(chunk / GROUP * GROUP, GROUP);
-    }
+    const uint32_t chunk = chunk_of(p->p.bytes, 4ull * p->n_heads * p->max_span, p->n_tokens);
     for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
         const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
         struct attention_pc pc = {
             .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
             .kv_rows = p->kv_rows, .t0 = t, .p_rows = n, .p_cols = p->max_span, .scale = p->scale,
         };
-        const uint32_t units = keel_div_up(n, GROUP);
-        record_product(rec, pc, &(struct product_args){ SCORES, p->q, p->k, p->spans, p->p, units, p->max_union, "attn_scores" });
-        keel_record(rec, &(struct keel_dispatch){
-            .shader = &keel_sh_attn_softmax, .spec = { LANES }, .n_spec = 1, .bind = { READ(p->spans), UPDATE(p->p) }, .n_bind = 2,
-            .push = &pc, .push_bytes = sizeof pc, .groups = { n, p->n_heads, 1 },
-            .flops = 6ull * n * p->n_heads * p->max_span, .bytes = 3 * row * n, .label = "attn_softmax" });
+        record_probabilities(rec, &pc, p->q, p->k, p->spans, p->p, p->max_union);
         pc.scale = 1.0f;
-        record_product(rec, pc, &(struct product_args){ MIX, p->p, p->v, p->spans, p->o, units, p->max_union, "attn_mix" });
+        record_product(rec, pc, &(struct product_args){ MIX, p->p, p->v, p->spans, p->o, keel_div_up(n, GROUP), p->max_union, "attn_mix" });
     }
+}
+
+// Gradients from the tokens of one chunk, whose probabilities are in p->p.
+static void record_chunk_bwd(keel_recorder *rec, struct attention_pc pc, const struct keel_attention_bwd_params *p)
+{
+    const uint32_t units = keel_div_up(pc.p_rows, GROUP), key_units = keel_div_up(p->n_tokens, GROUP);
+    const uint32_t tokens = KEEL_MIN(p->max_q_union, pc.p_rows);
+    const uint64_t n = (uint64_t)pc.p_rows * pc.n_heads * pc.p_cols;
+    pc.scale = 1.0f;
+    record_product(rec, pc, &(struct product_args){ SCORES, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
+    record_product(rec, pc, &(struct product_args){ KEYS, p->p, p->d_o, p->spans, p->dv, key_units, tokens, "attn_dv" });
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_attn_softmax_bwd, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(p->spans), READ(p->p), UPDATE(p->ds) }, .n_bind = 3,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { pc.p_rows, p->n_heads, 1 },
+        .flops = 4 * n, .bytes = 16 * n, .label = "attn_softmax_bwd" });
+    pc.scale = p->scale;
+    record_product(rec, pc, &(struct product_args){ MIX, p->ds, p->k, p->spans, p->dq, units, p->max_union, "attn_dq" });
+    record_product(rec, pc, &(struct product_args){ KEYS, p->ds, p->q, p->spans, p->dk, key_units, tokens, "attn_dk" });
 }
 
 void keel_attention_bwd(keel_recorder *rec, const struct keel_attention_bwd_params *p)
 {
-    const uint64_t row = 4ull * p->n_heads * p->max_span;
-    const uint32_t units = keel_div_up(p->n_tokens, GROUP);
-    struct attention_pc pc = {
-        .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
-        .kv_rows = p->n_tokens, .p_rows = p->n_tokens, .p_cols = p->max_span, .scale = 1.0f,
-    };
-    KEEL_ASSERT(row * p->n_tokens <= p->p.bytes && row * p->n_tokens <= p->ds.bytes);
-    record_product(rec, pc, &(struct product_args){ SCORES, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
-    record_product(rec, pc, &(struct product_args){ KEYS, p->p, p->d_o, p->spans, p->dv, units, p->max_q_union, "attn_dv" });
-    keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_attn_softmax_bwd, .spec = { LANES }, .n_spec = 1,
-        .bind = { READ(p->spans), READ(p->p), UPDATE(p->ds) }, .n_bind = 3,
-        .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_tokens, p->n_heads, 1 },
-        .flops = 4ull * p->n_tokens * p->n_heads * p->max_span, .bytes = 4 * row * p->n_tokens, .label = "attn_softmax_bwd" });
-    pc.scale = p->scale;
-    record_product(rec, pc, &(struct product_args){ MIX, p->ds, p->k, p->spans, p->dq, units, p->max_union, "attn_dq" });
-    record_product(rec, pc, &(struct product_args){ KEYS, p->ds, p->q, p->spans, p->dk, units, p->max_q_union, "attn_dk" });
+    const uint32_t chunk = chunk_of(KEEL_MIN(p->p.bytes, p->ds.bytes), 4ull * p->n_heads * p->max_span, p->n_tokens);
+    for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
+        const struct attention_pc pc = {
+            .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
+            .kv_rows = p->n_tokens, .t0 = t, .p_rows = KEEL_MIN(chunk, p->n_tokens - t), .p_cols = p->max_span,
+            .scale = p->scale, .add = t > 0,
+        };
+        if (chunk < p->n_tokens) {
+            record_probabilities(rec, &pc, p->q, p->k, p->spans, p->p, p->max_union);
+        }
+        record_chunk_bwd(rec, pc, p);
+    }
 }

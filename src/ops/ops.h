@@ -180,8 +180,9 @@ struct keel_attention_params {
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p);
 uint64_t keel_attention_scratch(uint32_t n_tokens, uint32_t n_heads, uint32_t max_span);
 
-// Gradients for a batch whose keys and values are its own (kv_rows = T, slot = t). `p` as the forward left it.
+// Gradients for a batch whose keys and values are its own (kv_rows = T, slot = t).
 //   d_o [T, H, d]; dq [T, H, d], dk and dv [T, G, d] are overwritten; ds: scratch like p.
+//   p as the forward left it where it and ds hold [H, T, max_span]; smaller ones are scratch, filled again chunk by chunk.
 struct keel_attention_bwd_params {
     struct keel_span q, k, v, spans, p, d_o, dq, dk, dv, ds;
     uint32_t n_tokens, n_heads, n_kv_heads, head_dim;
