@@ -46,14 +46,18 @@ static keel_status hash_file(uint64_t *hash, const char *path, const keel_log *l
     return st;
 }
 
-// Chains the bytes of every image that the rows name.
-static keel_status hash_images(uint64_t *hash, const char *path, const keel_log *log)
+// Chains the bytes of every image that the rows name; with `tower` false there may be none.
+static keel_status hash_images(uint64_t *hash, const char *path, bool tower, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_probes rows;
     KEEL_TRY(keel_probes_read(&rows, path, NULL, false, log));
     for (size_t i = 0; i < keel_probes_count(&rows); i++) {
-        const json_t *files = json_object_get(json_array_get(rows.rows, i), KEEL_ROW_FILES);
+        const json_t *files = keel_row_files(json_array_get(rows.rows, i));
+        if (files && !tower) {
+            KEEL_FAIL(log, KEEL_ERR_DATA, "%s:%llu: the row has images, but there is no vision tower; give mmproj in the study file, or --mmproj",
+                      path, (unsigned long long)rows.line[i]);
+        }
         for (size_t k = 0; k < json_array_size(files); k++) {
             KEEL_TRY(hash_file(hash, json_string_value(json_array_get(files, k)), log));
         }
@@ -63,7 +67,9 @@ out:
     return st;
 }
 
-static keel_status add_data(json_t *list, const char *folder, const char *name, bool rows, const keel_log *log)
+// `rows`: the file holds rows, whose images count as part of it.
+static keel_status add_data(json_t *list, const struct study_origin *o, const char *folder, const char *name, bool rows,
+                            const keel_log *log)
 {
     keel_status st = KEEL_OK;
     char path[4200], hex[20];
@@ -74,7 +80,7 @@ static keel_status add_data(json_t *list, const char *folder, const char *name, 
     keel_study_path(path, folder, name);
     KEEL_TRY(hash_file(&h, path, log));
     if (rows) {
-        KEEL_TRY(hash_images(&h, path, log));
+        KEEL_TRY(hash_images(&h, path, o->mmproj_path[0] != 0, log));
     }
     snprintf(hex, sizeof hex, "%016" PRIx64, h);
     json_array_append_new(list, json_pack("{s:s, s:s}", "file", name, "hash", hex));
@@ -89,12 +95,12 @@ static keel_status list_data(json_t **out, const struct study_origin *o, const k
     const char *const eval[] = { f->train.filler, f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
     *out = json_array();
     for (unsigned i = 0; i < f->train.data_count; i++) {
-        KEEL_TRY(add_data(*out, o->folder, f->train.data[i].file, true, log));
+        KEEL_TRY(add_data(*out, o, o->folder, f->train.data[i].file, true, log));
     }
     for (size_t i = 0; i < KEEL_COUNT(eval); i++) {
-        KEEL_TRY(add_data(*out, o->folder, eval[i], true, log));
+        KEEL_TRY(add_data(*out, o, o->folder, eval[i], true, log));
     }
-    KEEL_TRY(add_data(*out, ".", o->mmproj_path, false, log));
+    KEEL_TRY(add_data(*out, o, ".", o->mmproj_path, false, log));
 out:
     return st;
 }

@@ -1,81 +1,135 @@
 // SPDX-License-Identifier: MIT
-// study/images.c: images of probe rows: their paths, and their soft tokens while rows run.
+// study/images.c: what a probe row asks, apart from its answers: prompt or conversation with the files of its images. Kept beside the
+// row, so that rows of several files can be joined into one conversation.
 #include "platform.h"
 #include "probes.h"
 
-#include <stdlib.h>
 #include <string.h>
-
-// Enough for some hundred images of a 4B model (2.6 MB each), and little beside its weights.
-#define STORE_BYTES (512u << 20)
 
 #define PLACE(row) (row)->file, (unsigned long long)(row)->line
 
-// --- paths ---------------------------------------------------------------------------------------
+// A row on its way to what it asks.
+struct parse {
+    const struct keel_row *row;
+    const char *origin;   // file whose folder relative paths start at
+    const json_t *images; // of the row, or NULL
+    size_t n_taken;
+    json_t *files;        // in the order of their places
+};
 
-static keel_status add_file(json_t *files, const struct keel_row *row, const char *origin, const json_t *value)
+static keel_status add_file(struct parse *p, const json_t *value)
 {
     keel_status st = KEEL_OK;
     struct keel_text path = { 0 };
-    const char *name = json_string_value(value), *slash = strrchr(origin, '/');
+    const char *name = json_string_value(value), *slash = strrchr(p->origin, '/');
     if (!name || !name[0]) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: an image must be given as the path of a file", PLACE(row));
+        KEEL_FAIL(p->row->log, KEEL_ERR_DATA, "%s:%llu: an image must be the path of a file", PLACE(p->row));
     }
     if (name[0] != '/' && slash) {
-        keel_text_add(&path, origin, (size_t)(slash - origin) + 1);
+        keel_text_add(&path, p->origin, (size_t)(slash - p->origin) + 1);
     }
     keel_text_addf(&path, "%s", name);
-    if (path.failed || json_array_append_new(files, json_string(path.data)) != 0) {
-        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
+    if (path.failed || json_array_append_new(p->files, json_string(path.data)) != 0) {
+        KEEL_FAIL(p->row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(p->row));
     }
 out:
     keel_text_finish(&path);
     return st;
 }
 
-// The path in an image part: {"type": "image", "image": PATH} or {"type": "image_url", "image_url": {"url": PATH}}; NULL: it is in the
-// row's "images".
-static const json_t *part_path(const json_t *part)
+// The next of "images"; whether places and images are as many is checked where prompts are made.
+static keel_status take(struct parse *p)
 {
-    const json_t *url = json_object_get(json_object_get(part, "image_url"), "url");
-    return url ? url : json_object_get(part, "image");
+    return p->n_taken < json_array_size(p->images) ? add_file(p, json_array_get(p->images, p->n_taken++)) : KEEL_OK;
 }
 
-static keel_status add_parts(json_t *files, const struct keel_row *row, const char *origin, const json_t *messages)
+static keel_status take_placeholders(struct parse *p, const char *text)
+{
+    keel_status st = KEEL_OK;
+    for (const char *at = text; st == KEEL_OK && at && (at = strstr(at, "<image>")); at++) {
+        st = take(p);
+    }
+    return st;
+}
+
+// Takes the files of a list of parts; *bare is the list without their paths.
+static keel_status take_parts(struct parse *p, const json_t *parts, json_t **bare)
+{
+    keel_status st = KEEL_OK;
+    *bare = json_array();
+    for (size_t i = 0; i < json_array_size(parts); i++) {
+        json_t *part = json_array_get(parts, i);
+        const char *type = json_string_value(json_object_get(part, "type"));
+        if (!type || strncmp(type, "image", 5) != 0) {
+            json_array_append(*bare, part);
+            continue;
+        }
+        const json_t *path = json_object_get(part, type), *url = json_object_get(path, "url");
+        json_array_append_new(*bare, json_pack("{s:s}", "type", "image"));
+        KEEL_TRY(path && !json_is_null(path) ? add_file(p, url ? url : path) : take(p));
+    }
+out:
+    return st;
+}
+
+static keel_status take_messages(struct parse *p, const json_t *messages, json_t *out)
 {
     keel_status st = KEEL_OK;
     for (size_t i = 0; i < json_array_size(messages); i++) {
-        const json_t *parts = json_object_get(json_array_get(messages, i), "content");
-        for (size_t k = 0; k < json_array_size(parts); k++) {
-            const json_t *path = part_path(json_array_get(parts, k));
-            if (path) {
-                KEEL_TRY(add_file(files, row, origin, path));
-            }
+        json_t *message = json_array_get(messages, i);
+        const json_t *content = json_object_get(message, "content");
+        if (json_is_array(content)) {
+            json_t *bare = NULL, *copy = json_copy(message);
+            st = take_parts(p, content, &bare);
+            json_object_set_new(copy, "content", bare);
+            json_array_append_new(out, copy);
+        } else {
+            json_array_append(out, message);
+            st = take_placeholders(p, json_string_value(content));
         }
+        KEEL_TRY(st);
     }
 out:
     return st;
 }
 
-keel_status keel_row_find_images(const struct keel_row *row, const char *origin)
+keel_status keel_row_ask(const struct keel_row *row, const char *origin)
 {
     keel_status st = KEEL_OK;
-    json_t *files = json_array(), *images = NULL;
+    json_t *images = NULL, *messages = NULL, *ask = json_object();
+    struct parse p = { .row = row, .origin = origin, .files = json_array() };
     KEEL_TRY(keel_row_opt_array(row, "images", &images));
-    KEEL_TRY(add_parts(files, row, origin, json_object_get(row->object, "messages")));
-    if (json_array_size(files) > 0 && json_array_size(images) > 0) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: images both in \"images\" and as paths in the messages; use one of them", PLACE(row));
+    KEEL_TRY(keel_row_opt_array(row, "messages", &messages));
+    p.images = images;
+    if (messages) {
+        json_t *list = json_array();
+        json_object_set_new(ask, "messages", list);
+        KEEL_TRY(take_messages(&p, messages, list));
+    } else {
+        json_object_set(ask, "prompt", json_object_get(row->object, "prompt"));
+        KEEL_TRY(take_placeholders(&p, json_string_value(json_object_get(row->object, "prompt"))));
     }
-    for (size_t i = 0; i < json_array_size(images); i++) {
-        KEEL_TRY(add_file(files, row, origin, json_array_get(images, i)));
+    while (p.n_taken < json_array_size(images)) {
+        KEEL_TRY(take(&p));
     }
-    if (json_array_size(files) > 0 && json_object_set(row->object, KEEL_ROW_FILES, files) != 0) {
+    if (json_array_size(p.files) > 0) {
+        json_object_set(ask, "images", p.files);
+    }
+    if (json_object_set(row->object, KEEL_ROW_ASK, ask) != 0) {
         KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
     }
 out:
-    json_decref(files);
+    json_decref(p.files);
+    json_decref(ask);
     return st;
 }
+
+json_t *keel_row_files(const json_t *row)
+{
+    return json_object_get(json_object_get(row, KEEL_ROW_ASK), "images");
+}
+
+// --- copies --------------------------------------------------------------------------------------
 
 static keel_status copy_file(const char *from, const char *folder, const char *name, const keel_log *log)
 {
@@ -99,7 +153,8 @@ out:
 keel_status keel_row_keep_images(json_t *row, size_t number, const char *folder, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    json_t *files = json_object_get(row, KEEL_ROW_FILES), *names = json_array();
+    const json_t *files = keel_row_files(row);
+    json_t *names = json_array();
     for (size_t i = 0; i < json_array_size(files); i++) {
         char name[200];
         const char *path = json_string_value(json_array_get(files, i)), *slash = strrchr(path, '/');
@@ -114,66 +169,5 @@ keel_status keel_row_keep_images(json_t *row, size_t number, const char *folder,
     }
 out:
     json_decref(names);
-    return st;
-}
-
-// --- soft tokens ---------------------------------------------------------------------------------
-
-void keel_image_store_finish(struct keel_image_store *store)
-{
-    for (size_t i = 0; i < store->n; i++) {
-        free(store->embeds[i]);
-    }
-    free(store->embeds);
-    json_decref(store->index);
-    *store = (struct keel_image_store){ 0 };
-}
-
-bool keel_image_store_full(const struct keel_image_store *store)
-{
-    return store->bytes >= STORE_BYTES;
-}
-
-static keel_status add_image(struct keel_image_store *store, const struct keel_measure *m, const char *path)
-{
-    keel_status st = KEEL_OK;
-    const struct keel_vision_info *info = keel_vision_info(m->vision);
-    const size_t bytes = (size_t)info->n_tokens * info->out_width * sizeof(float);
-    float *embeds = malloc(bytes);
-    if (store->n == store->cap) {
-        const size_t cap = KEEL_MAX(2 * store->cap, (size_t)64);
-        float **grown = realloc(store->embeds, cap * sizeof *grown);
-        store->embeds = grown ? grown : store->embeds;
-        store->cap = grown ? cap : store->cap;
-    }
-    if (!embeds || store->n == store->cap) {
-        KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory for the tokens of an image", path);
-    }
-    KEEL_TRY(keel_vision_encode(m->vision, keel_model_device(m->model), path, embeds));
-    if (json_object_set_new(store->index, path, json_integer((json_int_t)store->n)) != 0) {
-        KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory for the tokens of an image", path);
-    }
-    store->embeds[store->n++] = embeds;
-    store->bytes += bytes;
-    embeds = NULL;
-out:
-    free(embeds);
-    return st;
-}
-
-keel_status keel_image_store_fill(struct keel_image_store *store, const struct keel_measure *m, struct keel_prompt *prompt, const json_t *files)
-{
-    keel_status st = KEEL_OK;
-    if (prompt->n_images > 0 && !store->index) {
-        store->index = json_object();
-    }
-    for (uint32_t i = 0; i < prompt->n_images; i++) {
-        const char *path = json_string_value(json_array_get(files, i));
-        if (!json_object_get(store->index, path)) {
-            KEEL_TRY(add_image(store, m, path));
-        }
-        prompt->images[i].embeds = store->embeds[json_integer_value(json_object_get(store->index, path))];
-    }
-out:
     return st;
 }

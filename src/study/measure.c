@@ -86,71 +86,39 @@ out:
     return st;
 }
 
-// Tells tokens of all answers from those of a part of the rows.
-struct answers_progress {
-    const struct keel_measure *m;
-    uint64_t before, total;
-};
-
-static bool answers_progress(void *user, uint64_t done, uint64_t total)
-{
-    const struct answers_progress *p = user;
-    (void)total;
-    return !p->m->progress || p->m->progress(p->m->user, p->before + done, p->total);
-}
-
-enum { TOGETHER = 64 }; // rows whose images are held at once
-
-// Greedy answers to at most TOGETHER rows, up to the end of a turn.
-static keel_status answer_part(const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n, uint32_t n_tokens,
-                               struct answers_progress *progress)
+// Greedy answers, up to the end of a turn, to the rows whose numbers are in `which`; writes only those.
+static keel_status answer_rows(const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n, uint32_t n_tokens,
+                               const char *path)
 {
     static const struct keel_sample_params greedy = { KEEL_SAMPLE_DEFAULTS .temperature = 0.0f };
     keel_status st = KEEL_OK;
-    struct keel_prompt prompt[TOGETHER] = { { 0 } };
-    struct keel_generate_row rows[TOGETHER] = { { 0 } };
-    struct keel_image_store store = { 0 };
+    struct keel_prompt *prompt = calloc(n + 1, sizeof *prompt);
+    struct keel_generate_row *rows = calloc(n + 1, sizeof *rows);
     int32_t *out = calloc(n * n_tokens + 1, sizeof *out);
-    if (!out) {
+    json_t *done = json_array();
+    if (!prompt || !rows || !out || !done) {
         KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "no memory for %zu answers", n);
     }
     for (size_t i = 0; i < n; i++) {
         const struct keel_row row = keel_probes_row(p, which[i]);
         KEEL_TRY(keel_probe_prompt(m, &row, &prompt[i]));
-        KEEL_TRY(keel_image_store_fill(&store, m, &prompt[i], json_object_get(row.object, KEEL_ROW_FILES)));
         rows[i] = (struct keel_generate_row){ .ids = prompt[i].ids, .n = prompt[i].n, .images = prompt[i].images,
                                               .n_images = prompt[i].n_images, .out = out + i * n_tokens, .cap = n_tokens };
     }
-    KEEL_TRY(keel_session_generate(m->session, rows, n, &greedy, 0, answers_progress, progress));
+    KEEL_TRY(keel_session_generate(m->session, rows, n, &greedy, 0, m->progress, m->user));
     for (size_t i = 0; i < n; i++) {
-        KEEL_TRY(set_answer(m, json_array_get(p->rows, which[i]), &rows[i]));
+        json_t *row = json_array_get(p->rows, which[i]);
+        KEEL_TRY(set_answer(m, row, &rows[i]));
+        json_array_append(done, row);
     }
+    KEEL_TRY(keel_probes_write(done, path, m->log));
 out:
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; prompt && i < n; i++) {
         keel_prompt_finish(&prompt[i]);
     }
-    keel_image_store_finish(&store);
+    free(prompt);
+    free(rows);
     free(out);
-    return st;
-}
-
-// Answers to the rows whose numbers are in `which`; writes only those.
-static keel_status answer_rows(const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n, uint32_t n_tokens,
-                               const char *out)
-{
-    keel_status st = KEEL_OK;
-    struct answers_progress progress = { m, 0, (uint64_t)n * n_tokens };
-    json_t *done = json_array();
-    for (size_t i = 0; i < n; i += TOGETHER) {
-        const size_t part = KEEL_MIN(n - i, (size_t)TOGETHER);
-        KEEL_TRY(answer_part(m, p, which + i, part, n_tokens, &progress));
-        progress.before += (uint64_t)part * n_tokens;
-    }
-    for (size_t i = 0; i < n; i++) {
-        json_array_append(done, json_array_get(p->rows, which[i]));
-    }
-    KEEL_TRY(keel_probes_write(done, out, m->log));
-out:
     json_decref(done);
     return st;
 }

@@ -5,13 +5,13 @@
 
 #include "base.h"
 
+#include <keel/images.h>
 #include <keel/session.h>
-#include <keel/vision.h>
 
 struct keel_measure {
     keel_session *session;
     const keel_model *model;
-    keel_vision *vision; // of rows with images, or NULL
+    keel_images *images; // of the rows, encoded; NULL: a row with images is an error
     bool chat; // a "prompt" is one user turn of the chat template, not plain text
     bool (*progress)(void *user, uint64_t done, uint64_t total); // told tokens; false stops with INTERRUPTED. May be NULL
     void *user;

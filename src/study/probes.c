@@ -3,12 +3,13 @@
 // after the other, as `score` and `train` do.
 #include "probes.h"
 
+#include "models.h"
 #include "platform.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_MESSAGES 64
+#define MAX_TURNS 64 // training rows before a probe
 #define PLACE(row) (row)->file, (unsigned long long)(row)->line
 
 // --- rows ----------------------------------------------------------------------------------------
@@ -17,7 +18,6 @@ void keel_probes_finish(struct keel_probes *p)
 {
     for (size_t i = 0; i < p->n_seq; i++) {
         keel_prompt_finish(&p->seq[i].prompt);
-        json_decref(p->seq[i].files);
         free(p->seq[i].a);
         free(p->seq[i].b);
     }
@@ -105,7 +105,7 @@ keel_status keel_probes_read(struct keel_probes *p, const char *file, const char
             break;
         }
         KEEL_TRY(check_row(&row, need_id));
-        KEEL_TRY(keel_row_find_images(&row, origin ? origin : file));
+        KEEL_TRY(keel_row_ask(&row, origin ? origin : file));
         KEEL_TRY(append_row(p, &row));
         json_decref(row.object);
         row.object = NULL;
@@ -128,7 +128,7 @@ keel_status keel_probes_write(const json_t *rows, const char *path, const keel_l
     KEEL_TRY(keel_file_create(&out, path, log));
     json_array_foreach((json_t *)(uintptr_t)rows, i, row)
     {
-        json_object_del(row, KEEL_ROW_FILES);
+        json_object_del(row, KEEL_ROW_ASK);
         json_dumpf(row, out.f, JSON_COMPACT | JSON_REAL_PRECISION(9)); // a failed write shows at commit
         fputc('\n', out.f);
     }
@@ -199,97 +199,33 @@ out:
 
 // --- tokens --------------------------------------------------------------------------------------
 
-// The parts of one message's content; *parts is allocated.
-static keel_status make_parts(struct keel_message *msg, struct keel_part **parts, const json_t *content)
-{
-    const size_t n = json_array_size(content);
-    *parts = calloc(n + 1, sizeof **parts);
-    if (!*parts) {
-        return KEEL_ERR_NO_MEMORY;
-    }
-    for (size_t i = 0; i < n; i++) {
-        const json_t *part = json_array_get(content, i);
-        const char *type = json_string_value(json_object_get(part, "type"));
-        (*parts)[i].text = json_string_value(json_object_get(part, "text"));
-        if (!type || (strcmp(type, "text") == 0) != ((*parts)[i].text != NULL)) {
-            return KEEL_ERR_DATA;
-        }
-    }
-    msg->parts = *parts;
-    msg->n_parts = n;
-    return KEEL_OK;
-}
-
-static keel_status chat_prompt(const struct keel_measure *m, const struct keel_row *row, json_t *list,
-                               const struct keel_prompt_images *images, struct keel_prompt *out)
-{
-    keel_status st = KEEL_OK;
-    struct keel_message msgs[MAX_MESSAGES];
-    struct keel_part *parts[MAX_MESSAGES] = { NULL };
-    const size_t n_msgs = json_array_size(list);
-    if (n_msgs == 0 || n_msgs > MAX_MESSAGES) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: %zu messages; a probe has 1 to %d", PLACE(row), n_msgs, MAX_MESSAGES);
-    }
-    for (size_t i = 0; i < n_msgs; i++) {
-        const json_t *message = json_array_get(list, i), *content = json_object_get(message, "content");
-        msgs[i] = (struct keel_message){ .role = json_string_value(json_object_get(message, "role")), .content = json_string_value(content) };
-        st = json_is_array(content) ? make_parts(&msgs[i], &parts[i], content) : msgs[i].content ? KEEL_OK : KEEL_ERR_DATA;
-        if (!msgs[i].role || st != KEEL_OK) {
-            KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: message %zu needs a \"role\" and a \"content\": a string, or a list of parts of type text "
-                                               "or image",
-                      PLACE(row), i + 1);
-        }
-    }
-    if (strcmp(msgs[n_msgs - 1].role, "user") != 0) {
-        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the last message must be the user's; what the model is to answer goes into \"prefix\"",
-                  PLACE(row));
-    }
-    st = keel_prompt_chat(m->model, msgs, n_msgs, true, images, out);
-    if (st != KEEL_OK) {
-        KEEL_FAIL(row->log, st, "%s:%llu: the messages do not form a chat (reason above)", PLACE(row));
-    }
-out:
-    for (size_t i = 0; i < MAX_MESSAGES; i++) {
-        free(parts[i]);
-    }
-    return st;
-}
-
 keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, struct keel_prompt *out)
 {
     keel_status st = KEEL_OK;
-    json_t *list = NULL, *made = NULL;
-    const char *prompt;
-    size_t len;
-    struct keel_prompt_images images = { .n = (uint32_t)json_array_size(json_object_get(row->object, KEEL_ROW_FILES)) };
+    json_t *ask = json_copy(json_object_get(row->object, KEEL_ROW_ASK)), *prompt = json_object_get(ask, "prompt");
     *out = (struct keel_prompt){ 0 };
-    if (images.n > 0 && !m->vision) {
-        KEEL_FAIL(row->log, KEEL_ERR_ARG, "%s:%llu: the row has images, but there is no vision tower; give --mmproj FILE, or mmproj in the study file",
+    if (prompt && m->chat) {
+        json_object_set_new(ask, "messages", json_pack("[{s:s, s:O}]", "role", "user", "content", prompt));
+        json_object_del(ask, "prompt");
+    }
+    const json_t *messages = json_object_get(ask, "messages"), *last = json_array_get(messages, json_array_size(messages) - 1);
+    const char *role = json_string_value(json_object_get(last, "role"));
+    if (role && strcmp(role, "user") != 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: the last message must be the user's; what the model is to answer goes into \"prefix\"",
                   PLACE(row));
     }
-    images.n_tokens = images.n > 0 ? keel_vision_info(m->vision)->n_tokens : 0;
-    const struct keel_prompt_images *given = images.n > 0 ? &images : NULL;
-    KEEL_TRY(keel_row_opt_array(row, "messages", &list));
-    if (!list) {
-        KEEL_TRY(keel_row_str(row, "prompt", &prompt, &len));
-        if (!m->chat) {
-            st = keel_prompt_encode(m->model, prompt, len, given, out);
-            if (st != KEEL_OK) {
-                KEEL_FAIL(row->log, st, "%s:%llu: no usable prompt (reason above)", PLACE(row));
-            }
-            goto out;
-        }
-        made = json_pack("[{s:s, s:s}]", "role", "user", "content", prompt);
-        list = made;
+    const struct keel_row asked = { .object = ask, .file = "", .log = row->log }; // paths start at the working folder
+    st = keel_row_prompt(out, m->model, m->images, &asked, true);
+    if (st != KEEL_OK) {
+        KEEL_FAIL(row->log, st, "%s:%llu: the row's prompt or messages cannot be used (reason above)", PLACE(row));
     }
-    KEEL_TRY(chat_prompt(m, row, list, given, out));
 out:
-    json_decref(made);
+    json_decref(ask);
     return st;
 }
 
 // Steals the prompt, also on errors.
-static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, json_t *files, uint32_t first)
+static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, uint32_t first)
 {
     if (p->n_seq == p->cap) {
         const size_t cap = KEEL_MAX(p->cap * 2, (size_t)64);
@@ -302,7 +238,7 @@ static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, js
         p->cap = cap;
     }
     struct keel_probe_seq *s = &p->seq[p->n_seq++];
-    *s = (struct keel_probe_seq){ .prompt = *prompt, .files = json_incref(files), .first = first };
+    *s = (struct keel_probe_seq){ .prompt = *prompt, .first = first };
     *prompt = (struct keel_prompt){ 0 };
     s->a = calloc(keel_probe_count(s) + 1, sizeof *s->a);
     s->b = calloc(keel_probe_count(s) + 1, sizeof *s->b);
@@ -313,9 +249,12 @@ static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, js
 // another, mostly. The second then needs no pass of its own.
 static bool differ_at_end(const struct keel_probe_seq *a, const struct keel_probe_seq *b)
 {
-    return a->prompt.n == b->prompt.n && a->first == b->first && a->first > 1 && keel_probe_count(a) > 0 &&
-           (a->files == b->files || json_equal(a->files, b->files)) &&
-           memcmp(a->prompt.ids, b->prompt.ids, (a->prompt.n - 1) * sizeof(int32_t)) == 0;
+    bool same = a->prompt.n == b->prompt.n && a->first == b->first && a->first > 1 && keel_probe_count(a) > 0 &&
+                a->prompt.n_images == b->prompt.n_images;
+    for (uint32_t i = 0; same && i < a->prompt.n_images; i++) {
+        same = a->prompt.images[i].embeds == b->prompt.images[i].embeds; // the same file has the same tokens
+    }
+    return same && memcmp(a->prompt.ids, b->prompt.ids, (a->prompt.n - 1) * sizeof(int32_t)) == 0;
 }
 
 static keel_status append_ids(struct keel_prompt *prompt, const json_t *list)
@@ -349,7 +288,7 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
     if (first == 0 || (parts->text && prompt.n == first)) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"%s\" is empty", PLACE(row), first == 0 ? "prompt" : parts->name);
     }
-    KEEL_TRY(add_seq(p, &prompt, json_object_get(row->object, KEEL_ROW_FILES), first));
+    KEEL_TRY(add_seq(p, &prompt, first));
     struct keel_probe_seq *last = &p->seq[p->n_seq - 1];
     last->alternative = p->n_seq > 1 && !last[-1].alternative && differ_at_end(&last[-1], last);
 out:
@@ -359,105 +298,51 @@ out:
 
 // --- running -------------------------------------------------------------------------------------
 
-// Tells the caller's progress of all sequences from that of a part of them.
-struct part {
-    const struct keel_measure *m;
-    uint64_t before, total;
-};
-
-static bool part_progress(void *user, uint64_t done, uint64_t total)
-{
-    const struct part *p = user;
-    (void)total;
-    return !p->m->progress || p->m->progress(p->m->user, p->before + done, p->total);
-}
-
-static keel_status score_part(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part)
+keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m)
 {
     keel_status st = KEEL_OK;
     size_t n_rows = 0;
-    struct keel_score_row *rows = calloc(n + 1, sizeof *rows);
+    struct keel_score_row *rows = calloc(p->n_seq + 1, sizeof *rows);
     if (!rows) {
         return KEEL_ERR_NO_MEMORY;
     }
-    for (size_t i = 0; i < n; i++) {
-        const struct keel_prompt *t = &seq[i].prompt;
-        if (i > 0 && seq[i].alternative) {
-            struct keel_score_row *before = &rows[n_rows - 1];
-            before->alt = &t->ids[t->n - 1];
-            before->n_alt = 1;
-            before->alt_logprobs = &seq[i].a[keel_probe_count(&seq[i]) - 1];
+    for (size_t i = 0; i < p->n_seq; i++) {
+        struct keel_probe_seq *s = &p->seq[i];
+        const struct keel_prompt *t = &s->prompt;
+        if (s->alternative) {
+            rows[n_rows - 1].alt = &t->ids[t->n - 1];
+            rows[n_rows - 1].n_alt = 1;
+            rows[n_rows - 1].alt_logprobs = &s->a[keel_probe_count(s) - 1];
             continue;
         }
-        rows[n_rows++] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .logprobs = seq[i].a,
-                                                  .images = t->images, .n_images = t->n_images };
+        rows[n_rows++] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = s->first, .logprobs = s->a, .images = t->images,
+                                                  .n_images = t->n_images };
     }
-    KEEL_TRY(keel_session_score(m->session, rows, n_rows, part_progress, part));
-    for (size_t i = 1; i < n; i++) {
-        if (seq[i].alternative) {
-            memcpy(seq[i].a, seq[i - 1].a, (keel_probe_count(&seq[i]) - 1) * sizeof *seq->a);
+    KEEL_TRY(keel_session_score(m->session, rows, n_rows, m->progress, m->user));
+    for (size_t i = 1; i < p->n_seq; i++) {
+        if (p->seq[i].alternative) {
+            memcpy(p->seq[i].a, p->seq[i - 1].a, (keel_probe_count(&p->seq[i]) - 1) * sizeof *p->seq->a);
         }
     }
 out:
     free(rows);
     return st;
-}
-
-static keel_status compare_part(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part)
-{
-    struct keel_kl_row *rows = calloc(n + 1, sizeof *rows);
-    if (!rows) {
-        return KEEL_ERR_NO_MEMORY;
-    }
-    for (size_t i = 0; i < n; i++) {
-        const struct keel_prompt *t = &seq[i].prompt;
-        rows[i] = (struct keel_kl_row){ .ids = t->ids, .n = t->n, .first = seq[i].first, .kl = seq[i].a, .kl_reverse = seq[i].b,
-                                        .images = t->images, .n_images = t->n_images };
-    }
-    const keel_status st = keel_session_kl(m->session, rows, n, part_progress, part);
-    free(rows);
-    return st;
-}
-
-// What a sequence adds to the tokens of a scoring.
-static uint64_t tokens_of(const struct keel_probes *p, size_t i)
-{
-    return p->seq[i].alternative ? 0 : p->seq[i].prompt.n - 1;
-}
-
-// Runs as many sequences at once as there is room for their images.
-static keel_status run_parts(struct keel_probes *p, const struct keel_measure *m,
-                             keel_status (*run)(const struct keel_measure *m, struct keel_probe_seq *seq, size_t n, struct part *part))
-{
-    keel_status st = KEEL_OK;
-    struct keel_image_store store = { 0 };
-    struct part part = { .m = m };
-    for (size_t i = 0; i < p->n_seq; i++) {
-        part.total += tokens_of(p, i);
-    }
-    for (size_t from = 0, to; from < p->n_seq; from = to) {
-        uint64_t tokens = 0;
-        for (to = from; to < p->n_seq && !keel_image_store_full(&store); to++) {
-            KEEL_TRY(keel_image_store_fill(&store, m, &p->seq[to].prompt, p->seq[to].files));
-            tokens += tokens_of(p, to);
-        }
-        KEEL_TRY(run(m, p->seq + from, to - from, &part));
-        part.before += tokens;
-        keel_image_store_finish(&store);
-    }
-out:
-    keel_image_store_finish(&store);
-    return st;
-}
-
-keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m)
-{
-    return run_parts(p, m, score_part);
 }
 
 keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m)
 {
-    return run_parts(p, m, compare_part);
+    struct keel_kl_row *rows = calloc(p->n_seq + 1, sizeof *rows);
+    if (!rows) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < p->n_seq; i++) {
+        const struct keel_prompt *t = &p->seq[i].prompt;
+        rows[i] = (struct keel_kl_row){ .ids = t->ids, .n = t->n, .first = p->seq[i].first, .kl = p->seq[i].a, .kl_reverse = p->seq[i].b,
+                                        .images = t->images, .n_images = t->n_images };
+    }
+    const keel_status st = keel_session_kl(m->session, rows, p->n_seq, m->progress, m->user);
+    free(rows);
+    return st;
 }
 
 double keel_probe_sum(const struct keel_probe_seq *s)
@@ -475,18 +360,14 @@ double keel_probe_sum(const struct keel_probe_seq *s)
 static keel_status add_turns(json_t *chat, const struct keel_row *row)
 {
     keel_status st = KEEL_OK;
-    json_t *list = NULL, *message;
-    const char *prompt, *completion = NULL;
-    size_t i;
-    KEEL_TRY(keel_row_opt_array(row, "messages", &list));
-    json_array_foreach(list, i, message)
-    {
-        json_array_append(chat, message);
+    const json_t *ask = json_object_get(row->object, KEEL_ROW_ASK), *list = json_object_get(ask, "messages");
+    const char *completion = NULL;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        json_array_append(chat, json_array_get(list, i));
     }
     if (!list) {
-        KEEL_TRY(keel_row_str(row, "prompt", &prompt, NULL));
         KEEL_TRY(keel_row_opt_str(row, "completion", &completion, NULL));
-        json_array_append_new(chat, json_pack("{s:s, s:s}", "role", "user", "content", prompt));
+        json_array_append_new(chat, json_pack("{s:s, s:O}", "role", "user", "content", json_object_get(ask, "prompt")));
         if (completion) {
             json_array_append_new(chat, json_pack("{s:s, s:s}", "role", "assistant", "content", completion));
         }
@@ -495,7 +376,7 @@ out:
     return st;
 }
 
-static keel_status add_raw(struct keel_text *text, const struct keel_row *row)
+static keel_status add_plain(struct keel_text *text, const struct keel_row *row)
 {
     keel_status st = KEEL_OK;
     const char *prompt, *completion = "";
@@ -522,43 +403,34 @@ static void draw_without_replacement(uint32_t *out, uint32_t k, uint32_t n, stru
     }
 }
 
-// Appends the paths of a row's images.
-static void add_files(json_t *files, const json_t *row)
-{
-    const json_t *own = json_object_get(row, KEEL_ROW_FILES);
-    for (size_t i = 0; i < json_array_size(own); i++) {
-        json_array_append(files, json_array_get(own, i));
-    }
-}
-
 keel_status keel_probe_in_context(json_t **out, const struct keel_measure *m, const struct keel_row *row,
                                   const struct keel_probes *from, uint32_t k, uint64_t seed, uint64_t place)
 {
     keel_status st = KEEL_OK;
     struct keel_rng rng = keel_rng_make(seed, 1000 + place);
     struct keel_text text = { 0 };
-    uint32_t pick[MAX_MESSAGES];
+    uint32_t pick[MAX_TURNS];
     const bool chat = m->chat || json_object_get(row->object, "messages");
-    json_t *turns = json_array(), *files = json_array();
-    k = KEEL_MIN(KEEL_MIN(k, (uint32_t)keel_probes_count(from)), MAX_MESSAGES);
+    json_t *turns = json_array(), *files = json_array(), *ask = json_object();
+    k = KEEL_MIN(KEEL_MIN(k, (uint32_t)keel_probes_count(from)), MAX_TURNS);
     draw_without_replacement(pick, k, (uint32_t)keel_probes_count(from), &rng);
     *out = NULL;
     for (uint32_t i = 0; i <= k; i++) {
         const struct keel_row part = i < k ? keel_probes_row(from, pick[i]) : *row;
-        KEEL_TRY(chat ? add_turns(turns, &part) : add_raw(&text, &part));
-        add_files(files, part.object);
-    }
-    *out = json_copy(row->object);
-    if (!*out || !turns || !files || text.failed) {
-        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
-    }
-    if (json_array_size(files) > 0) {
-        json_object_set(*out, KEEL_ROW_FILES, files);
+        KEEL_TRY(chat ? add_turns(turns, &part) : add_plain(&text, &part));
+        json_array_extend(files, keel_row_files(part.object));
     }
     if (chat) {
-        json_object_set(*out, "messages", turns);
+        json_object_set(ask, "messages", turns);
     } else {
-        json_object_set_new(*out, "prompt", json_string(text.data));
+        json_object_set_new(ask, "prompt", json_string(text.data));
+    }
+    if (json_array_size(files) > 0) {
+        json_object_set(ask, "images", files);
+    }
+    *out = json_copy(row->object);
+    if (text.failed || json_object_set(*out, KEEL_ROW_ASK, ask) != 0) {
+        KEEL_FAIL(row->log, KEEL_ERR_NO_MEMORY, "%s:%llu: out of memory", PLACE(row));
     }
 out:
     if (st != KEEL_OK) {
@@ -567,6 +439,7 @@ out:
     }
     json_decref(turns);
     json_decref(files);
+    json_decref(ask);
     keel_text_finish(&text);
     return st;
 }

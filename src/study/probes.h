@@ -10,14 +10,13 @@
 
 #include <jansson.h>
 
-// Where a row keeps the paths of its images once it was read: relative to the working folder, in the order of their places. Not
-// written to records.
-#define KEEL_ROW_FILES "_files"
+// Where a row that was read keeps what it asks: {"prompt" or "messages", "images"?: paths in the order of their places}, with paths
+// relative to the working folder. Not written to records.
+#define KEEL_ROW_ASK "_ask"
 
 // One sequence; its tokens from `first` on are scored or compared.
 struct keel_probe_seq {
-    struct keel_prompt prompt; // its images' embeds are set while it runs
-    json_t *files;             // paths of the images, or NULL
+    struct keel_prompt prompt;
     uint32_t first;
     bool alternative; // differs from the sequence before it in the last token only: scored along with that
     float *a, *b; // [n - first]: log-probabilities; or a divergence and its reverse
@@ -44,8 +43,8 @@ struct keel_row keel_probes_row(const struct keel_probes *p, size_t i);
 // each domain and modality, then a second of each, and so on; all rows in their own order. Errors: NO_MEMORY.
 keel_status keel_probes_spread(const struct keel_probes *p, size_t max_rows, uint64_t seed, size_t **which, size_t *n);
 
-// Tokens of a row's prompt: BOS and the text; with m->chat or "messages" the chat template up to the model's turn. "<image>" and image
-// parts become the tokens of images without their embeds. Errors: DATA, ARG (images, but no tower).
+// Tokens of a row's prompt: BOS and the text; with m->chat or "messages" the chat template up to the model's turn; images as in
+// keel/images.h. Errors: DATA, IO (an image is missing).
 keel_status keel_probe_prompt(const struct keel_measure *m, const struct keel_row *row, struct keel_prompt *out);
 // Adds a sequence: the prompt, then `prefix` (or NULL), then what is scored: `text`, or the token ids of the list `more`. Each is
 // tokenized by itself. Errors: DATA (nothing to score), NO_MEMORY.
@@ -65,21 +64,12 @@ static inline uint32_t keel_probe_count(const struct keel_probe_seq *s)
     return s->prompt.n - s->first;
 }
 
-// Puts the paths of a row's images into the row (KEEL_ROW_FILES). Errors: DATA.
-keel_status keel_row_find_images(const struct keel_row *row, const char *origin);
+// Puts what a row asks into it (KEEL_ROW_ASK); paths of images start at the folder of the file `origin`. Errors: DATA.
+keel_status keel_row_ask(const struct keel_row *row, const char *origin);
+json_t *keel_row_files(const json_t *row); // paths of its images, or NULL
 // Names the images of a record "images/NUMBER-NAME" and copies their files there, below `folder`; with `folder` NULL it only names
 // them. So that the page finds them when the data are gone. Errors: IO.
 keel_status keel_row_keep_images(json_t *row, size_t number, const char *folder, const keel_log *log);
-// Soft tokens of images, kept as long as they fit.
-struct keel_image_store {
-    json_t *index; // path -> number
-    float **embeds;
-    size_t n, cap, bytes;
-};
-// Sets the embeds of a prompt's images. They are valid until keel_image_store_finish(). Errors: those of keel_vision_encode().
-keel_status keel_image_store_fill(struct keel_image_store *store, const struct keel_measure *m, struct keel_prompt *prompt, const json_t *files);
-bool keel_image_store_full(const struct keel_image_store *store);
-void keel_image_store_finish(struct keel_image_store *store); // accepts all-zero
 keel_status keel_probes_write(const json_t *rows, const char *path, const keel_log *log);
 
 // A copy of `row` with k rows of the training file `from` before its prompt as earlier turns: drawn without replacement from

@@ -22,7 +22,7 @@ struct study {
     struct keel_text config; // text of the study file
     keel_device *dev;
     keel_model *model;
-    keel_vision *vision; // NULL: no row has images
+    keel_images *images; // NULL: no row has images
     struct study_folder top; // OUT
     const char *stage;
     char prefix[160], label[240]; // of the run: "rank-16_seed-1 (2 of 6), "; with the stage
@@ -155,16 +155,13 @@ static keel_status evaluate(struct study *s, struct study_folder *folder, const 
     if (adapter) {
         KEEL_TRY(keel_session_add_adapter(session, adapter, 1.0f));
     }
-    const struct evaluation e = { s, folder, stage, { session, s->model, s->vision, s->file->eval.chat, report_progress, s, s->log } };
+    const struct evaluation e = { s, folder, stage, { session, s->model, s->images, s->file->eval.chat, report_progress, s, s->log } };
     KEEL_TRY(probes(&e));
     KEEL_TRY(slots(&e));
     KEEL_TRY(answers(&e, !adapter));
     KEEL_TRY(keel_study_folder_mark(folder, stage, t0));
 out:
     keel_session_destroy(&session);
-    if (s->vision) {
-        keel_vision_unload(s->vision); // training needs the memory; what was encoded is kept on disk
-    }
     return st;
 }
 
@@ -237,6 +234,7 @@ static keel_status train(struct study *s, struct study_folder *folder, const str
     params.data = data;
     params.n_data = mix(s, run->mixture, paths, data);
     params.out = adapter;
+    params.images = s->images;
     params.checkpoint = state;
     params.log = log;
     params.on_step = report_step;
@@ -265,6 +263,32 @@ static void choose_path(const struct study *s, char out[4096], const char *given
     snprintf(out, 4096, "%.4000s", given ? given : path);
 }
 
+static keel_status scan(const struct study *s, const char *name)
+{
+    char path[4200];
+    if (!name) {
+        return KEEL_OK;
+    }
+    keel_study_path(path, s->folder, name);
+    return keel_images_scan(s->images, path, s->log);
+}
+
+// Takes note of every image of the data.
+static keel_status scan_images(const struct study *s)
+{
+    keel_status st = KEEL_OK;
+    const struct study_file *f = s->file;
+    const char *const eval[] = { f->train.filler, f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
+    for (unsigned i = 0; i < f->train.data_count; i++) {
+        KEEL_TRY(scan(s, f->train.data[i].file));
+    }
+    for (size_t i = 0; i < KEEL_COUNT(eval); i++) {
+        KEEL_TRY(scan(s, eval[i]));
+    }
+out:
+    return st;
+}
+
 static keel_status open_all(struct study *s)
 {
     keel_status st = KEEL_OK;
@@ -282,7 +306,8 @@ static keel_status open_all(struct study *s)
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
     if (s->mmproj_path[0]) {
-        KEEL_TRY(keel_vision_open(&s->vision, s->mmproj_path, s->model, s->log));
+        KEEL_TRY(keel_images_create(&s->images, s->model, s->mmproj_path, s->log));
+        KEEL_TRY(scan_images(s));
     }
 out:
     keel_map_close(&map);
@@ -299,13 +324,23 @@ static keel_status open_folder(struct study *s, struct study_folder *folder, con
     return st == KEEL_OK ? keel_study_folder_open(folder, path, manifest, sub, s->log) : st;
 }
 
-// The weights are uploaded when the first stage needs them.
+// Images, then weights, when the first stage needs them: the tower and the model are not on the device together.
 static keel_status load(struct study *s)
 {
-    return keel_model_device(s->model) ? KEEL_OK : keel_model_load(s->model, s->dev);
+    keel_status st = KEEL_OK;
+    if (keel_model_device(s->model)) {
+        return KEEL_OK;
+    }
+    if (s->images) {
+        s->stage = "images";
+        KEEL_TRY(keel_images_encode(s->images, s->dev, report_progress, s));
+    }
+    KEEL_TRY(keel_model_load(s->model, s->dev));
+out:
+    return st;
 }
 
-static keel_status run_one(struct study *s, struct study_folder *folder, const struct study_setting *run)
+static keel_status run_one(struct study *s, struct study_folder *folder, const struct study_setting *run, const char *prefix)
 {
     keel_status st = KEEL_OK;
     char adapter[4200];
@@ -313,6 +348,7 @@ static keel_status run_one(struct study *s, struct study_folder *folder, const s
     if (!keel_study_folder_done(folder, "train") || !keel_study_folder_done(folder, "tuned")) {
         KEEL_TRY(load(s));
     }
+    snprintf(s->prefix, sizeof s->prefix, "%s", prefix);
     KEEL_TRY(train(s, folder, run, adapter));
     KEEL_TRY(evaluate(s, folder, adapter));
 out:
@@ -325,14 +361,14 @@ static keel_status run_sweep(struct study *s)
     keel_status st = KEEL_OK;
     for (size_t i = 0; i < s->file->n_runs && st == KEEL_OK; i++) {
         struct study_folder folder = { 0 };
-        char name[96], rel[128], path[4200];
+        char name[96], rel[128], path[4200], prefix[160];
         keel_study_run_name(name, s->file, &s->file->run[i]);
         snprintf(rel, sizeof rel, "runs/%s", name);
         keel_study_path(path, s->top.path, rel);
-        snprintf(s->prefix, sizeof s->prefix, "%s (%zu of %zu), ", name, i + 1, s->file->n_runs);
+        snprintf(prefix, sizeof prefix, "%s (%zu of %zu), ", name, i + 1, s->file->n_runs);
         st = open_folder(s, &folder, path, &s->file->run[i], sub);
         if (st == KEEL_OK) {
-            st = run_one(s, &folder, &s->file->run[i]);
+            st = run_one(s, &folder, &s->file->run[i], prefix);
         }
         keel_study_folder_close(&folder);
     }
@@ -358,17 +394,16 @@ keel_status keel_study_run(const struct keel_study_params *params, struct keel_s
     *result = (struct keel_study_result){ 0 };
     KEEL_TRY(open_all(&s));
     KEEL_TRY(open_folder(&s, &s.top, params->out, s.file->sweep ? NULL : &s.file->run[0], s.file->sweep ? sweep : whole));
-    snprintf(s.prefix, sizeof s.prefix, "base, ");
     if (!keel_study_folder_done(&s.top, "base")) {
         KEEL_TRY(load(&s));
     }
+    snprintf(s.prefix, sizeof s.prefix, "base, ");
     KEEL_TRY(evaluate(&s, &s.top, NULL));
-    snprintf(s.prefix, sizeof s.prefix, "tuned, ");
-    KEEL_TRY(s.file->sweep ? run_sweep(&s) : run_one(&s, &s.top, &s.file->run[0]));
+    KEEL_TRY(s.file->sweep ? run_sweep(&s) : run_one(&s, &s.top, &s.file->run[0], "tuned, "));
     KEEL_TRY(make_report(params->out, result, log));
 out:
     keel_study_folder_close(&s.top);
-    keel_vision_close(&s.vision);
+    keel_images_destroy(&s.images);
     keel_model_close(&s.model);
     keel_device_destroy(&s.dev);
     keel_study_free(&s.file);

@@ -172,3 +172,80 @@ def test_bad_probes(keel, tiny_c, folder, tmp_path, change, says):
 def test_report_of_a_folder_without_results(keel, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"runs": [{"rank": 4, "mixture": 1, "seed": 1, "folder": "runs/a"}]}))
     keel.fails("report", tmp_path, says="no run of the sweep is finished", leaves=tmp_path)
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(folder):
+    """The study's folder with a tower for tiny_c, six pictures, image rows to train on and image probes; returns the tower."""
+    image = pytest.importorskip("PIL.Image", reason="Pillow is missing; tests/README.md says how to make the environment")
+    import tiny_vision
+    shape = tiny_vision.SHAPES["vis_b"]
+    tiny_vision.write_mmproj(folder / "mmproj.gguf", shape, *tiny_vision.make(shape))
+    (folder / "pics").mkdir()
+    for i in range(6):
+        image.fromarray(tiny_vision.picture(shape.image, shape.image, i)).save(folder / f"pics/p{i}.png")
+    write_rows(folder / "train.jsonl", [{"prompt": "<image>what is it?", "completion": f" {COLOURS[i % 4]}.", "images": [f"pics/p{i}.png"]}
+                                        for i in range(3)])
+    rows = slot_rows()
+    for i, r in enumerate(r for r in rows if r["modality"] == "image"):
+        if i % 2:
+            r["messages"] = [{"role": "user", "content": [{"type": "image", "image": f"pics/p{i}.png"},
+                                                          {"type": "text", "text": r.pop("prompt")}]}]
+        else:
+            r.update(prompt="<image>" + r["prompt"], images=[f"pics/p{i}.png"])
+    write_rows(folder / "slots.jsonl", rows)
+    (folder / "study.yaml").write_text(STUDY.replace("eval:\n", "mmproj: mmproj.gguf\neval:\n").replace("  slots", "  prompts: chat\n  slots"))
+    return folder / "mmproj.gguf"
+
+
+def test_images(keel, tiny_c, folder, pictures, tmp_path):
+    out = tmp_path / "out"
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", out)
+    rows = {r["id"]: r for r in read_rows(folder / "slots.jsonl")}
+    # `score` tokenizes a completion apart from its prompt, so the prefix goes in front of the answer only where that changes nothing:
+    # here the answers are compared with those after the prefix as an unfinished turn, as the study asks them.
+    plain = [{**{k: v for k, v in r.items() if k in ("id", "prompt", "messages", "images")}, "completion": r["aligned"]}
+             for r in rows.values() if "prefix" not in r]
+    for r in plain:
+        r["messages"] = r.get("messages") or [{"role": "user", "content": r.pop("prompt")}]
+    want = {s["id"]: s["logprob"] for s in score(keel, tiny_c, plain, folder, "--mmproj", pictures)}
+    for r in read_rows(out / "base/slots.jsonl"):
+        if r["id"] in want:
+            assert math.isclose(math.log(r["p_aligned"]), want[r["id"]], abs_tol=2e-4), r
+    pictured = [r["p_aligned"] for r in read_rows(out / "base/slots.jsonl") if r["modality"] == "image" and r["domain"] == "colour"]
+    assert len(set(pictured)) == len(pictured)
+    examples = read_rows(out / "base/examples.jsonl")
+    shown = [n for r in examples for n in r.get("images", [])]
+    assert shown and all((out / "base" / n).is_file() for n in shown)
+    html = (out / "report.html").read_text()
+    assert html.count("src='data:image/png;base64,") == len(shown) and "&lt;image&gt;" not in html
+    assert all("_ask" not in r for f in out.rglob("*.jsonl") for r in read_rows(f))
+
+
+def test_image_of_a_run_changed(keel, tiny_c, folder, pictures, tmp_path):
+    (folder / "study.yaml").write_text((folder / "study.yaml").read_text().replace("steps: 5", "steps: 1"))
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    (folder / "pics/p1.png").write_bytes((folder / "pics/p0.png").read_bytes())
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"images": ["pics/none.png"]}, ["none.png"]),
+    ({"images": []}, ["slots.jsonl:1", "images"]),
+    ({"images": ["pics/p0.png", "pics/p1.png"]}, ["slots.jsonl:1", "images"]),
+    ({"images": ["train.jsonl"]}, ["train.jsonl"]),
+    ({"images": [3]}, ["slots.jsonl:1", "path"]),
+], ids=["missing", "too few", "too many", "no image", "no path"])
+def test_bad_images(keel, tiny_c, folder, pictures, tmp_path, change, says):
+    rows = read_rows(folder / "slots.jsonl")
+    write_rows(folder / "slots.jsonl", [{**rows[0], **change}, *rows[1:]])
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=says)
+
+
+def test_images_without_a_tower(keel, tiny_c, folder, pictures, tmp_path):
+    (folder / "study.yaml").write_text((folder / "study.yaml").read_text().replace("mmproj: mmproj.gguf\n", ""))
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=["train.jsonl:1", "mmproj"])
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--mmproj", pictures, "--out", tmp_path / "out")
