@@ -136,6 +136,8 @@ static void test_faults(void **state)
         { HEAD TAIL "budget: {margin_drop: nan}\n", "s.yaml:5:", "margin_drop" },
         { HEAD "  mixture: 0.5\n" TAIL, "s.yaml:4:", "filler" },
         { HEAD "  filler: g\n  mixture: 1.5\n" TAIL, "s.yaml:5:", "mixture" },
+        { HEAD "  alpha: 8\n  alpha_per_rank: 1\n" TAIL, "s.yaml:5:", "one of them" },
+        { HEAD "  alpha_per_rank: 0\n" TAIL, "s.yaml:4:", "alpha_per_rank" },
         { HEAD TAIL "sweep: {mixture: [0.5]}\n", "s.yaml:5:", "filler" },
         { HEAD "  rank: 4\n" TAIL "sweep:\n  rank: [4, 0]\n", "s.yaml:7:", "rank" },
         { HEAD TAIL "sweep: {rank: []}\n", "s.yaml:5:", "rank" },

@@ -196,7 +196,7 @@ static struct keel_train_params train_params(const struct study *s, const struct
     struct keel_train_params p = { KEEL_TRAIN_DEFAULTS };
     p.rank = run->rank;
     p.seed = run->seed;
-    p.alpha = (float)t->alpha;
+    p.alpha = (float)(t->alpha_per_rank > 0 ? t->alpha_per_rank * run->rank : t->alpha); // 0: training takes twice the rank
     p.targets = t->targets;
     p.lr = t->lr;
     p.schedule = t->schedule;

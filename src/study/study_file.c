@@ -25,7 +25,7 @@ struct yaml_train {
     struct yaml_data *data;
     unsigned data_count;
     uint64_t *rank, *warmup, *steps, *batch, *accum, *seq_len;
-    double *alpha, *lr, *epochs, *weight_decay, *grad_clip, *mixture;
+    double *alpha, *alpha_per_rank, *lr, *epochs, *weight_decay, *grad_clip, *mixture;
     char *targets, *schedule, *filler;
 };
 struct yaml_eval {
@@ -66,6 +66,7 @@ static const cyaml_schema_field_t train_fields[] = {
     CYAML_FIELD_SEQUENCE("data", PTR, struct yaml_train, data, &data_entry, 1, MAX_DATA),
     COUNT(yaml_train, rank),
     REAL(yaml_train, alpha),
+    REAL(yaml_train, alpha_per_rank),
     TEXT(OPT, yaml_train, targets),
     REAL(yaml_train, lr),
     TEXT(OPT, yaml_train, schedule),
@@ -280,6 +281,10 @@ static keel_status fill_train(const struct source *src, struct study_train *t, c
     KEEL_TRY(take_count(src, "train", "accum", y->accum, 1, 65536, &t->accum));
     KEEL_TRY(take_count(src, "train", "seq_len", y->seq_len, 2, 131072, &t->seq_len));
     KEEL_TRY(take(src, "train", "alpha", y->alpha, 0, 1e6, &t->alpha));
+    KEEL_TRY(take(src, "train", "alpha_per_rank", y->alpha_per_rank, 1e-3, 1e3, &t->alpha_per_rank));
+    if (y->alpha && y->alpha_per_rank) {
+        KEEL_TRY(complain(src, "train", "alpha_per_rank", "stands beside alpha; give one of them"));
+    }
     KEEL_TRY(take(src, "train", "lr", y->lr, 0, 10, &t->lr));
     KEEL_TRY(take(src, "train", "epochs", y->epochs, 1e-3, 1e6, &t->epochs));
     KEEL_TRY(take(src, "train", "weight_decay", y->weight_decay, 0, 10, &t->weight_decay));

@@ -16,7 +16,8 @@ struct study_train {
     double mixture;     // share of rows drawn from `data`; the rest are from `filler`
     uint32_t rank, warmup, batch, accum, seq_len;
     uint64_t steps; // 0: from epochs
-    double alpha, lr, epochs, weight_decay, grad_clip;
+    double alpha, alpha_per_rank; // 0: not given; both 0: twice the rank
+    double lr, epochs, weight_decay, grad_clip;
     const char *targets, *schedule;
 };
 struct study_eval {
