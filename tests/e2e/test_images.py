@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """score, run and train with images against Gemma3ForConditionalGeneration and peft in fp32, from the pixels on; bad input."""
+import dataclasses
 import json
 import subprocess
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import lora
 import texts
@@ -164,6 +166,26 @@ def test_chat_turns(keel, make_pair):
     sure = next((i for i, g in enumerate(gaps) if g < 2e-3), len(gaps))
     end = (tok.eos, tok.eot)
     assert second["ids"][:sure] == [i for i in want[:sure] if i not in end], (second, want, gaps)
+
+
+@pytest.mark.parametrize("name, kind, tol", [("tiny_a", "F32", 4e-3), ("tiny_d", "F32", 4e-3), ("tiny_d", "Q8_0", 0.05)])
+def test_llama_cpp_agrees_on_answers(keel, make_pair, tmp_path, name, kind, tol):
+    """The same two files in llama.cpp's mtmd, log-probs of the answers. Looser than transformers: llama.cpp takes GELU from a table of
+    halves, and rounds activations to 8 bits before Q8_0 matrices. Images of tiny_d are longer than its window."""
+    pytest.importorskip("llama_cpp")
+    import mtmd_ref
+    model, _, vlm, folder = make_pair(name)
+    mmproj, s = tmp_path / "mmproj.gguf", dataclasses.replace(tiny_vision.SHAPES[PAIRS[name]], type=GGMLQuantizationType[kind])
+    tiny_vision.write_mmproj(mmproj, s, *tiny_vision.make(s))
+    rows = [r for r in ROWS if r.get("images") and "prompt" in r]
+    worst = 0
+    for row, g in zip(rows, run_score(keel, (model, mmproj, vlm, folder), rows), strict=True):
+        rgbs = [np.asarray(Image.open(f)) for f in files(folder, row["images"])]
+        n, want = mtmd_ref.logprobs(model, mmproj, rgbs, row["prompt"], g["token_ids"])
+        assert n == len(vlm.row(row, open_=True)[0]), row["id"]
+        worst = max(worst, np.abs(np.subtract(g["token_logprobs"], want)).max())
+    print(f"{name} {kind}: largest difference of log-probabilities from llama.cpp {worst:.2e}")
+    assert worst < tol
 
 
 # --- training ------------------------------------------------------------------------------------
