@@ -324,6 +324,40 @@ static void test_session_errors(void **state)
     keel_model_close(&m);
 }
 
+// --- memory --------------------------------------------------------------------------------------
+
+// The first row with images takes what the plan with images has more, and no other row takes it.
+static void test_plan(void **state)
+{
+    (void)state;
+    enum { WIDE = 512, BATCH = 1024 };
+    const struct tiny t = { TINY_DEFAULTS .width = WIDE, .layers = 2, .context = 2048 };
+    const struct keel_plan_params p = { .n_ctx = 2048, .n_batch = BATCH }, q = { .n_ctx = 2048, .n_batch = BATCH, .images = true };
+    struct keel_plan text, image;
+    uint64_t before, after, peak;
+    keel_model *m = loaded(&t);
+    keel_session *s = NULL;
+    int32_t ids[N_ROW];
+    float *embeds = calloc((size_t)N_SOFT * WIDE, sizeof *embeds);
+    const struct keel_image_tokens im = { 5, N_SOFT, embeds };
+    assert_non_null(embeds);
+    draw_ids(ids, N_ROW, 3);
+    assert_int_equal(keel_model_plan(m, &p, &text), KEEL_OK);
+    assert_int_equal(keel_model_plan(m, &q, &image), KEEL_OK);
+    assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 2048, .n_batch = BATCH }), KEEL_OK);
+    assert_int_equal(keel_session_append(s, ids, N_ROW), KEEL_OK);
+    keel_device_memory(dev, &before, &peak);
+    assert_int_equal(keel_session_append_images(s, ids, N_ROW, &im, 1), KEEL_OK);
+    keel_device_memory(dev, &after, &peak);
+    assert_int_equal(after - before, image.device_bytes - text.device_bytes);
+    assert_int_equal(keel_session_append_images(s, ids, N_ROW, &im, 1), KEEL_OK);
+    keel_device_memory(dev, &before, &peak);
+    assert_int_equal(after, before);
+    keel_session_destroy(&s);
+    keel_model_close(&m);
+    free(embeds);
+}
+
 // --- gradients -----------------------------------------------------------------------------------
 
 enum { N_SEQS = 3, RANK = 3 };
@@ -473,6 +507,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_spans),         cmocka_unit_test(test_bad_images), cmocka_unit_test(test_prefill_decode_score),
         cmocka_unit_test(test_generate),
+        cmocka_unit_test(test_plan),
         cmocka_unit_test(test_session_errors), cmocka_unit_test(test_gradients),
     };
     return cmocka_run_group_tests(tests, open_device, close_device);
