@@ -151,3 +151,29 @@ uint64_t keel_images_hash(keel_images *s)
     }
     return hash;
 }
+
+// --- for training and adapters -------------------------------------------------------------------
+
+keel_vision *keel_images_vision(keel_images *images)
+{
+    return images->vision;
+}
+
+const char *keel_images_retake(keel_images *s, const float *embeds)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].embeds == embeds) {
+            s->at[i].done = false;
+            return s->at[i].path;
+        }
+    }
+    return NULL;
+}
+
+keel_status keel_images_add_adapter(keel_images *s, keel_model *model, keel_device *dev, const char *path, float scale)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        s->at[i].done = false;
+    }
+    return keel_vision_add_adapter(s->vision, model, dev, path, scale);
+}

@@ -23,28 +23,50 @@ void keel_proj_shape(const keel_model *model, enum keel_proj proj, uint32_t *k, 
     *n = (uint32_t)t->dims[1];
 }
 
+static const char *const vision_name[KEEL_N_VISION_MAPS] = {
+    "vision.attn_q", "vision.attn_k", "vision.attn_v", "vision.attn_out", "vision.ffn_up", "vision.ffn_down", "vision.proj",
+};
+
+// Bits of one word of a list of targets; 0: unknown.
+static uint32_t target_bits(const char *word, size_t len)
+{
+    const struct {
+        const char *name;
+        uint32_t bits;
+    } group[] = { { "all", (1u << KEEL_N_PROJ) - 1 }, { "vision.*", KEEL_VISION_TARGETS } };
+    for (size_t i = 0; i < KEEL_COUNT(group); i++) {
+        if (strlen(group[i].name) == len && memcmp(group[i].name, word, len) == 0) {
+            return group[i].bits;
+        }
+    }
+    for (uint32_t i = 0; i < KEEL_N_PROJ + KEEL_N_VISION_MAPS; i++) {
+        const char *name = i < KEEL_N_PROJ ? keel_proj_name[i] : vision_name[i - KEEL_N_PROJ];
+        if (strlen(name) == len && memcmp(name, word, len) == 0) {
+            return 1u << i;
+        }
+    }
+    return 0;
+}
+
 keel_status keel_targets_parse(const char *text, uint32_t *bits, const keel_log *log)
 {
     *bits = 0;
-    if (!text || strcmp(text, "all") == 0) {
-        *bits = (1u << KEEL_N_PROJ) - 1;
-        return KEEL_OK;
+    if (!text) {
+        text = "all";
     }
     for (const char *p = text; *p || p == text;) {
         const size_t len = strcspn(p, ",");
-        uint32_t i = 0;
-        while (i < KEEL_N_PROJ && (strlen(keel_proj_name[i]) != len || memcmp(keel_proj_name[i], p, len) != 0)) {
-            i++;
-        }
-        if (i == KEEL_N_PROJ) {
+        const uint32_t word = target_bits(p, len);
+        if (word == 0) {
             KEEL_ERROR(log,
                        "\"%.*s\" is no projection; targets are \"all\" or names from attn_q, attn_k, attn_v, attn_output, "
-                       "ffn_gate, ffn_up, ffn_down with commas between",
+                       "ffn_gate, ffn_up, ffn_down with commas between, and for the vision tower \"vision.*\" or names from "
+                       "vision.attn_q, vision.attn_k, vision.attn_v, vision.attn_out, vision.ffn_up, vision.ffn_down, vision.proj",
                        (int)len, p);
             *bits = 0;
             return KEEL_ERR_ARG;
         }
-        *bits |= 1u << i;
+        *bits |= word;
         p += len;
         if (*p == ',' && *++p == 0) {
             KEEL_ERROR(log, "\"%s\" ends with a comma", text);

@@ -24,7 +24,11 @@ enum keel_proj { KEEL_ATTN_Q, KEEL_ATTN_K, KEEL_ATTN_V, KEEL_ATTN_OUTPUT, KEEL_F
 extern const char *const keel_proj_name[KEEL_N_PROJ]; // "attn_q", ...
 // Input and output width of a projection.
 void keel_proj_shape(const keel_model *model, enum keel_proj proj, uint32_t *k, uint32_t *n);
-// Parses "all" or a comma-separated list of exact names into a bit set (bit i: keel_proj i). Errors: ARG, names the word.
+// The seven maps of a vision tower that adapters can change: six of each block, then the projector.
+#define KEEL_N_VISION_MAPS 7
+#define KEEL_VISION_TARGETS (((1u << KEEL_N_VISION_MAPS) - 1) << KEEL_N_PROJ)
+// Parses a comma-separated list into a bit set: exact names of projections (bit i: keel_proj i), "all" for all seven of them,
+// "vision.NAME" (the bits after those) and "vision.*". Errors: ARG, names the word.
 keel_status keel_targets_parse(const char *text, uint32_t *bits, const keel_log *log);
 
 // A LoRA adapter on the device. All its parameters lie in one span (f32), pair after pair, each tensor at a multiple of 256
@@ -36,6 +40,7 @@ typedef struct keel_adapter {
     struct keel_lora *pair; // [n_layers × KEEL_N_PROJ]; rank 0 where there is none
     struct keel_lora *vision; // [vision layers × 6 + 1]: maps of the tower's blocks, then the projector; NULL: a model without tower
     uint32_t n_pairs;         // of both together; they are one array
+    uint32_t n_skipped;       // tensors of the file that belong to a tower the model does not have here
     struct keel_span params;
     uint64_t n_floats;     // floats in params, padding included
     uint64_t n_params;     // without padding
@@ -44,11 +49,18 @@ typedef struct keel_adapter {
 
 // A new adapter: A Kaiming-uniform as PEFT draws it (bound 1/sqrt(K)), each tensor from its own random stream; B zero.
 keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, uint64_t seed);
-// From a GGUF file or a PEFT folder. Errors as keel_session_add_adapter().
+// From a GGUF file or a PEFT folder. Pairs of a vision tower are left out where the model has none (keel_model_use_vision()).
+// Errors as keel_session_add_adapter().
 keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale);
 // Writes a GGUF (path ends in ".gguf") that llama.cpp loads, or a PEFT folder that PeftModel.from_pretrained() loads. Atomic.
 keel_status keel_adapter_save(const keel_adapter *adapter, const keel_model *model, const char *path);
+// Only the vision pairs of a file, onto `dev`; the model need not be loaded. No pairs at all: an adapter without parameters.
+keel_status keel_adapter_load_vision(keel_adapter **out, keel_model *model, keel_device *dev, const char *path, float scale);
 void keel_adapter_destroy(keel_adapter **adapter);
+// Name of a pair's map in GGUF files ("blk.3.attn_q", "v.blk.0.ffn_up", "mm.input_projection") and the bit of `targets` that asks
+// for it. i below n_pairs.
+void keel_adapter_pair_name(const keel_model *model, uint32_t i, char name[64]);
+uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i);
 // Device bytes of the parameters of an adapter with this rank and these targets.
 uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets);
 
@@ -59,6 +71,8 @@ void keel_model_use_vision(keel_model *model, keel_vision *vision);
 // use again after its parameters changed: cached tokens are found by them. `dev`: where they are. Errors: ARG (above 8), NO_MEMORY.
 keel_status keel_vision_use_adapter(keel_vision *vision, keel_device *dev, const keel_adapter *adapter);
 void keel_vision_drop_adapter(keel_vision *vision, const keel_adapter *adapter);
+// Loads the vision pairs of a file, if it has any, and puts them in force until the tower is closed. `dev` must outlive that.
+keel_status keel_vision_add_adapter(keel_vision *vision, keel_model *model, keel_device *dev, const char *path, float scale);
 
 // --- data rows (rows.c) --------------------------------------------------------------------------
 
@@ -140,5 +154,22 @@ keel_status keel_vision_trainer_forward(keel_vision_trainer *trainer, const keel
 // the forward pass again, so images may come in any order. Blocks until done.
 keel_status keel_vision_trainer_backward(keel_vision_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
                                          const char *image_path, const float *d_tokens);
+
+// The tower in the training of a language model on rows with images. Around each keel_trainer_step(), for the same rows:
+typedef struct keel_image_trainer keel_image_trainer;
+// All three outlive it; sets keel_trainer_want_input_grads(). Errors: as keel_vision_trainer_create().
+keel_status keel_image_trainer_create(keel_image_trainer **out, keel_model *model, keel_images *images, keel_trainer *trainer);
+void keel_image_trainer_destroy(keel_image_trainer **trainer);
+// Before: the soft tokens of the rows' images under the adapter as it is now, written where the rows point.
+keel_status keel_image_trainer_forward(keel_image_trainer *trainer, const keel_adapter *adapter, const struct keel_seq *seqs,
+                                       size_t n_seqs);
+// After: adds the gradients of the vision pairs to `grads`.
+keel_status keel_image_trainer_backward(keel_image_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
+                                        const struct keel_seq *seqs, size_t n_seqs);
+
+// The tower of a run's images, and the file that soft tokens at `embeds` belong to, NULL if none do. They will be overwritten:
+// keel_images_encode() computes them anew.
+keel_vision *keel_images_vision(keel_images *images);
+const char *keel_images_retake(keel_images *images, const float *embeds);
 
 #endif

@@ -86,7 +86,12 @@ static void test_targets(void **state)
     assert_int_equal(bits, 127);
     assert_int_equal(keel_targets_parse("attn_q,ffn_down", &bits, &log.log), KEEL_OK);
     assert_int_equal(bits, 1u << KEEL_ATTN_Q | 1u << KEEL_FFN_DOWN);
-    const char *const bad[] = { "", "attn", "attn_qq", "attn_q,", ",attn_q", "attn_q,,attn_k", "attn_q attn_k" };
+    assert_int_equal(keel_targets_parse("all,vision.*", &bits, &log.log), KEEL_OK);
+    assert_int_equal(bits, 127 | KEEL_VISION_TARGETS);
+    assert_int_equal(keel_targets_parse("vision.attn_q,vision.proj", &bits, &log.log), KEEL_OK);
+    assert_int_equal(bits, 1u << KEEL_N_PROJ | 1u << (KEEL_N_PROJ + KEEL_N_VISION_MAPS - 1));
+    const char *const bad[] = { "", "attn", "attn_qq", "attn_q,", ",attn_q", "attn_q,,attn_k", "attn_q attn_k", "vision", "vision.",
+                                "vision.ffn_gate", "vision.attn_output" };
     for (size_t i = 0; i < KEEL_COUNT(bad); i++) {
         assert_int_equal(keel_targets_parse(bad[i], &bits, &log.log), KEEL_ERR_ARG);
         assert_int_equal(log.n, 1);

@@ -67,6 +67,62 @@ keel_status keel_targets_parse(const char *text, uint32_t *bits, const keel_log 
     return strcmp(text, "all") == 0 ? KEEL_OK : KEEL_ERR_ARG;
 }
 
+// The vision tower: a run without images has none.
+void keel_model_use_vision(keel_model *model, keel_vision *vision)
+{
+    (void)model;
+    assert_null(vision);
+}
+
+uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i)
+{
+    (void)model;
+    return i;
+}
+
+void keel_adapter_pair_name(const keel_model *model, uint32_t i, char name[64])
+{
+    (void)model;
+    snprintf(name, 64, "pair %u", i);
+}
+
+keel_vision *keel_images_vision(keel_images *images)
+{
+    (void)images;
+    return NULL;
+}
+
+keel_status keel_image_trainer_create(keel_image_trainer **out, keel_model *model, keel_images *images, keel_trainer *trainer)
+{
+    (void)model;
+    (void)images;
+    (void)trainer;
+    *out = NULL;
+    return KEEL_ERR_ARG;
+}
+
+void keel_image_trainer_destroy(keel_image_trainer **trainer)
+{
+    assert_null(*trainer);
+}
+
+keel_status keel_image_trainer_forward(keel_image_trainer *trainer, const keel_adapter *adapter, const struct keel_seq *seqs,
+                                       size_t n_seqs)
+{
+    (void)trainer;
+    (void)adapter;
+    (void)seqs;
+    (void)n_seqs;
+    return KEEL_ERR_ARG;
+}
+
+keel_status keel_image_trainer_backward(keel_image_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
+                                        const struct keel_seq *seqs, size_t n_seqs)
+{
+    (void)grads;
+    return keel_image_trainer_forward(trainer, adapter, seqs, n_seqs);
+}
+
 keel_status keel_model_plan(const keel_model *model, const struct keel_plan_params *p, struct keel_plan *out)
 {
     (void)model;

@@ -4,6 +4,7 @@
 #include "vision_internal.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,15 +37,31 @@ void keel_adapter_pair_shape(const keel_model *model, uint32_t pair, uint32_t *k
     *n = last ? c->out_width : proj == KEEL_V_UP ? c->ff_width : c->width;
 }
 
-// Bit of `targets` that asks for a pair.
-static uint32_t target_of(const keel_model *model, uint32_t pair)
+static bool is_projector(const keel_model *model, uint32_t pair)
+{
+    return model->vision && pair + 1 == keel_adapter_n_pairs(model);
+}
+
+void keel_adapter_pair_name(const keel_model *model, uint32_t i, char name[64])
+{
+    static const char *const map[KEEL_V_N_PROJ] = { "attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down" };
+    const uint32_t text = n_text_pairs(model);
+    if (i < text) {
+        snprintf(name, 64, "blk.%u.%s", i / KEEL_N_PROJ, keel_proj_name[i % KEEL_N_PROJ]);
+    } else if (is_projector(model, i)) {
+        snprintf(name, 64, "mm.input_projection");
+    } else {
+        snprintf(name, 64, "v.blk.%u.%s", (i - text) / KEEL_V_N_PROJ, map[(i - text) % KEEL_V_N_PROJ]);
+    }
+}
+
+uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i)
 {
     const uint32_t text = n_text_pairs(model);
-    if (pair < text) {
-        return pair % KEEL_N_PROJ;
+    if (i < text) {
+        return i % KEEL_N_PROJ;
     }
-    const bool last = pair - text == model->vision->cfg.n_layers * KEEL_V_N_PROJ;
-    return KEEL_N_PROJ + (last ? KEEL_V_N_PROJ : (pair - text) % KEEL_V_N_PROJ);
+    return KEEL_N_PROJ + (is_projector(model, i) ? KEEL_V_N_PROJ : (i - text) % KEEL_V_N_PROJ);
 }
 
 uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets)
@@ -53,13 +70,13 @@ uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t tar
     for (uint32_t i = 0; i < keel_adapter_n_pairs(model); i++) {
         uint32_t k, n;
         keel_adapter_pair_shape(model, i, &k, &n);
-        bytes += targets >> target_of(model, i) & 1 ? pair_bytes(rank, k, n) : 0;
+        bytes += targets >> keel_adapter_pair_target(model, i) & 1 ? pair_bytes(rank, k, n) : 0;
     }
     return bytes;
 }
 
 // Allocates the device side for the pairs' ranks and scales that are already set.
-static keel_status place_pairs(keel_adapter *a, keel_model *model)
+static keel_status place_pairs(keel_adapter *a, const keel_model *model, keel_device *dev)
 {
     keel_status st = KEEL_OK;
     uint64_t at = 0;
@@ -67,13 +84,13 @@ static keel_status place_pairs(keel_adapter *a, keel_model *model)
         keel_adapter_pair_shape(model, i, &a->pair[i].k, &a->pair[i].n);
         at += a->pair[i].rank ? pair_bytes(a->pair[i].rank, a->pair[i].k, a->pair[i].n) : 0;
     }
-    if (at == 0 || at > keel_device_caps(model->dev)->max_buffer) {
+    if (at == 0 || at > keel_device_caps(dev)->max_buffer) {
         KEEL_FAIL(model->log, at ? KEEL_ERR_UNSUPPORTED : KEEL_ERR_ARG,
                   at ? "an adapter of %.0f MB does not fit one buffer of this device; lower the rank or choose fewer targets"
                      : "the adapter has no parameters%.0f",
                   (double)at / 1e6);
     }
-    KEEL_TRY(keel_heap_create(&a->heap, model->dev, KEEL_HEAP_DEVICE, "LoRA weights"));
+    KEEL_TRY(keel_heap_create(&a->heap, dev, KEEL_HEAP_DEVICE, "LoRA weights"));
     KEEL_TRY(keel_heap_alloc(a->heap, at, &a->params));
     a->n_floats = at / 4;
     at = 0;
@@ -118,14 +135,17 @@ keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t 
     keel_adapter *a = NULL;
     float *host = NULL;
     *out = NULL;
+    if ((targets & KEEL_VISION_TARGETS) && !model->vision) {
+        KEEL_FAIL(model->log, KEEL_ERR_ARG, "targets of the vision tower need one; give its file with --mmproj");
+    }
     KEEL_TRY(new_adapter(&a, model));
     a->rank = rank;
     a->alpha = alpha;
     for (uint32_t i = 0; i < a->n_pairs; i++) {
-        a->pair[i].rank = targets >> target_of(model, i) & 1 ? rank : 0;
+        a->pair[i].rank = targets >> keel_adapter_pair_target(model, i) & 1 ? rank : 0;
         a->pair[i].scale = alpha / (float)rank;
     }
-    KEEL_TRY(place_pairs(a, model));
+    KEEL_TRY(place_pairs(a, model, model->dev));
     host = calloc(a->n_floats, sizeof *host);
     if (!host) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "no memory for an adapter of %.1f MB", (double)a->n_floats * 4e-6);
@@ -148,35 +168,41 @@ out:
     return st;
 }
 
-keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale)
+// `vision_only`: pairs of the language model are left out.
+static keel_status load(keel_adapter **out, keel_model *model, keel_device *dev, const char *path, float scale, bool vision_only)
 {
     keel_status st = KEEL_OK;
     keel_adapter *a = NULL;
     float *host = NULL;
     struct keel_adapter_file f = { 0 };
+    bool any = false;
     *out = NULL;
     KEEL_TRY(keel_adapter_file_read(&f, model, path));
     KEEL_TRY(new_adapter(&a, model));
     a->rank = f.rank;
     a->alpha = f.alpha;
     a->scale = scale;
+    a->n_skipped = f.n_skipped;
     for (uint32_t i = 0; i < a->n_pairs; i++) {
-        a->pair[i].rank = f.pair[i].rank;
+        a->pair[i].rank = vision_only && i < n_text_pairs(model) ? 0 : f.pair[i].rank;
         a->pair[i].scale = f.pair[i].scale * scale;
+        any |= a->pair[i].rank > 0;
     }
-    KEEL_TRY(place_pairs(a, model));
-    host = calloc(a->n_floats, sizeof *host);
-    if (!host) {
-        KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
-    }
-    for (uint32_t i = 0; i < a->n_pairs; i++) {
-        const struct keel_lora *p = &a->pair[i];
-        if (p->rank > 0) {
-            memcpy(host + (p->a.offset - a->params.offset) / 4, f.pair[i].a, p->a.bytes);
-            memcpy(host + (p->b.offset - a->params.offset) / 4, f.pair[i].b, p->b.bytes);
+    if (any) {
+        KEEL_TRY(place_pairs(a, model, dev));
+        host = calloc(a->n_floats, sizeof *host);
+        if (!host) {
+            KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for an adapter of %.1f MB", path, (double)a->n_floats * 4e-6);
         }
+        for (uint32_t i = 0; i < a->n_pairs; i++) {
+            const struct keel_lora *p = &a->pair[i];
+            if (p->rank > 0) {
+                memcpy(host + (p->a.offset - a->params.offset) / 4, f.pair[i].a, p->a.bytes);
+                memcpy(host + (p->b.offset - a->params.offset) / 4, f.pair[i].b, p->b.bytes);
+            }
+        }
+        KEEL_TRY(keel_upload(dev, a->params, host, a->n_floats * sizeof *host));
     }
-    KEEL_TRY(keel_upload(model->dev, a->params, host, a->n_floats * sizeof *host));
     *out = a;
     a = NULL;
 out:
@@ -186,11 +212,22 @@ out:
     return st;
 }
 
+keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale)
+{
+    return load(out, model, model->dev, path, scale, false);
+}
+
+keel_status keel_adapter_load_vision(keel_adapter **out, keel_model *model, keel_device *dev, const char *path, float scale)
+{
+    return load(out, model, dev, path, scale, true);
+}
+
 keel_status keel_adapter_save(const keel_adapter *a, const keel_model *model, const char *path)
 {
     keel_status st = KEEL_OK;
     struct keel_adapter_file f = { 0 };
     KEEL_TRY(keel_adapter_file_init(&f, model));
+    KEEL_ASSERT(f.n_pairs == a->n_pairs);
     f.alpha = a->alpha;
     f.rank = a->rank;
     for (uint32_t i = 0; i < a->n_pairs; i++) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // gemma3/adapter_peft.c: PEFT folders: adapter_config.json and adapter_model.safetensors.
+// With pairs of a vision tower names are those of transformers' Gemma3ForConditionalGeneration, else of Gemma3ForCausalLM.
 // Source: peft, src/peft/tuners/lora/config.py and utils/save_and_load.py.
-#include "gemma3.h"
+#include "vision_internal.h"
 
 #include <jansson.h>
 
@@ -26,25 +27,55 @@ static keel_status join(char *out, size_t cap, const char *folder, const char *n
     return KEEL_OK;
 }
 
-// "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"; what stands before "layers." differs between model classes.
-static bool parse_name(const char *name, uint32_t *layer, uint32_t *proj, bool *is_b)
+static const char *const vision_module[KEEL_V_N_PROJ] = {
+    [KEEL_V_Q] = "self_attn.q_proj",     [KEEL_V_K] = "self_attn.k_proj", [KEEL_V_V] = "self_attn.v_proj",
+    [KEEL_V_OUT] = "self_attn.out_proj", [KEEL_V_UP] = "mlp.fc1",         [KEEL_V_DOWN] = "mlp.fc2",
+};
+
+// "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"; what stands before "layers." differs between model classes and
+// versions of transformers, except that a tower's layers are somewhere below "vision_tower".
+static bool parse_name(const char *name, struct keel_pair_name *which)
 {
     const char *at = strstr(name, "layers.");
     int used = 0;
-    if (!at || strstr(name, "vision_tower") || sscanf(at, "layers.%u.%n", layer, &used) != 1 || used == 0) {
+    *which = (struct keel_pair_name){ .vision = strstr(name, "vision_tower") != NULL };
+    if (!at || sscanf(at, "layers.%u.%n", &which->layer, &used) != 1 || used == 0) {
         return false;
     }
-    at += used;
-    for (uint32_t i = 0; i < KEEL_N_PROJ; i++) {
-        const size_t len = strlen(module_name[i]);
-        if (strncmp(at, module_name[i], len) == 0) {
-            const char *side = at + len;
-            *proj = i;
-            *is_b = strcmp(side, ".lora_B.weight") == 0;
-            return *is_b || strcmp(side, ".lora_A.weight") == 0;
+    const char *const *modules = which->vision ? vision_module : module_name;
+    for (uint32_t i = 0; i < (which->vision ? (uint32_t)KEEL_V_N_PROJ : (uint32_t)KEEL_N_PROJ); i++) {
+        const size_t len = strlen(modules[i]);
+        if (strncmp(at + used, modules[i], len) == 0) {
+            const char *side = at + used + len;
+            which->proj = i;
+            which->is_b = strcmp(side, ".lora_B.weight") == 0;
+            return which->is_b || strcmp(side, ".lora_A.weight") == 0;
         }
     }
     return false;
+}
+
+static bool has_vision(const struct keel_adapter_file *f, const keel_model *model)
+{
+    for (uint32_t i = model->cfg.n_layers * KEEL_N_PROJ; i < f->n_pairs; i++) {
+        if (f->pair[i].rank > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// Module of a pair: "model.layers.3.self_attn.q_proj", or with `vision` the names of the class that has a tower too.
+static void module_of(const keel_model *model, uint32_t pair, bool vision, char name[96])
+{
+    const uint32_t text = model->cfg.n_layers * KEEL_N_PROJ;
+    if (pair < text) {
+        snprintf(name, 96, "model.%slayers.%u.%s", vision ? "language_model." : "", pair / KEEL_N_PROJ,
+                 module_name[pair % KEEL_N_PROJ]);
+    } else {
+        snprintf(name, 96, "model.vision_tower.encoder.layers.%u.%s", (pair - text) / KEEL_V_N_PROJ,
+                 vision_module[(pair - text) % KEEL_V_N_PROJ]);
+    }
 }
 
 static keel_status read_config(json_t **out, const keel_model *model, const char *folder)
@@ -81,18 +112,19 @@ out:
 }
 
 // alpha of a module: a key of alpha_pattern that is the end of its name wins over lora_alpha.
-static double alpha_of(const json_t *config, uint32_t layer, uint32_t proj)
+static double alpha_of(const json_t *config, const keel_model *model, uint32_t pair)
 {
     const json_t *pattern = json_object_get(config, "alpha_pattern");
     double alpha = json_number_value(json_object_get(config, "lora_alpha"));
-    char name[128];
+    char name[96];
     const char *key;
     json_t *value;
-    const int len = snprintf(name, sizeof name, "model.layers.%u.%s", layer, module_name[proj]);
+    module_of(model, pair, false, name);
+    const size_t len = strlen(name);
     json_object_foreach((json_t *)(uintptr_t)pattern, key, value)
     {
         const size_t n = strlen(key);
-        if (n <= (size_t)len && strcmp(name + len - n, key) == 0 && json_is_number(value)) {
+        if (n <= len && strcmp(name + len - n, key) == 0 && json_is_number(value)) {
             alpha = json_number_value(value);
         }
     }
@@ -114,17 +146,20 @@ keel_status keel_peft_read(struct keel_adapter_file *f, const keel_model *model,
     const bool rs = json_is_true(json_object_get(config, "use_rslora"));
     for (size_t i = 0; i < keel_st_count(tensors); i++) {
         const struct keel_st_tensor *t = keel_st_at(tensors, i);
-        uint32_t layer, proj;
-        bool is_b;
+        struct keel_pair_name which;
+        uint32_t pair;
         float *dst;
-        if (!parse_name(t->name, &layer, &proj, &is_b) || t->n_dims != 2) {
+        if (!parse_name(t->name, &which) || t->n_dims != 2) {
             KEEL_FAIL(model->log, KEEL_ERR_UNSUPPORTED, "%s: tensor \"%s\" is no LoRA matrix of a projection that keel adapts", path,
                       t->name);
         }
-        KEEL_TRY(keel_adapter_file_tensor(f, model, path, t->name, layer, proj, is_b, t->dims, &dst));
+        KEEL_TRY(keel_adapter_file_tensor(f, model, path, t->name, &which, t->dims, &pair, &dst));
+        if (!dst) {
+            continue;
+        }
         keel_st_to_f32(t, dst);
-        struct keel_adapter_pair *p = &f->pair[(size_t)layer * KEEL_N_PROJ + proj];
-        const double alpha = alpha_of(config, layer, proj);
+        struct keel_adapter_pair *p = &f->pair[pair];
+        const double alpha = alpha_of(config, model, pair);
         p->scale = (float)(rs ? alpha / sqrt((double)p->rank) : alpha / (double)p->rank); // rsLoRA: Kalajdzievski 2023
     }
 out:
@@ -136,20 +171,31 @@ out:
 
 // --- writing -------------------------------------------------------------------------------------
 
+// The last parts of modules, each once; with a tower, whose modules end like those of the language model, whole names.
+static json_t *targets_of(const struct keel_adapter_file *f, const keel_model *model)
+{
+    const bool vision = has_vision(f, model);
+    json_t *targets = json_array();
+    bool named[KEEL_N_PROJ] = { false };
+    for (uint32_t i = 0; i < f->n_pairs; i++) {
+        char name[96];
+        module_of(model, i, vision, name);
+        if (f->pair[i].rank > 0 && vision) {
+            json_array_append_new(targets, json_string(name));
+        } else if (f->pair[i].rank > 0 && !named[i % KEEL_N_PROJ]) {
+            named[i % KEEL_N_PROJ] = true;
+            json_array_append_new(targets, json_string(strrchr(name, '.') + 1));
+        }
+    }
+    return targets;
+}
+
 static keel_status write_config(const struct keel_adapter_file *f, const keel_model *model, const char *folder)
 {
     keel_status st = KEEL_OK;
     char path[4200];
     struct keel_file_out out = { 0 };
-    json_t *targets = json_array();
-    for (uint32_t proj = 0; proj < KEEL_N_PROJ; proj++) {
-        for (uint32_t layer = 0; layer < f->n_layers; layer++) {
-            if (f->pair[(size_t)layer * KEEL_N_PROJ + proj].rank > 0) {
-                json_array_append_new(targets, json_string(strchr(module_name[proj], '.') + 1));
-                break;
-            }
-        }
-    }
+    json_t *targets = targets_of(f, model);
     json_t *v = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:s, s:b, s:b, s:b, s:b, s:n, s:n, s:{}, s:{}, s:O}", "peft_type", "LORA",
                           "task_type", "CAUSAL_LM", "base_model_name_or_path", model->info.name, "r", (int)f->rank, "lora_alpha",
                           (double)f->alpha, "lora_dropout", 0.0, "bias", "none", "inference_mode", 1, "use_rslora", 0, "use_dora", 0,
@@ -174,7 +220,8 @@ static keel_status write_tensors(const struct keel_adapter_file *f, const keel_m
     keel_status st = KEEL_OK;
     char path[4200];
     struct keel_file_out out = { 0 };
-    const size_t n_pairs = (size_t)f->n_layers * KEEL_N_PROJ;
+    const size_t n_pairs = f->n_pairs;
+    const bool vision = has_vision(f, model);
     const struct keel_pair meta = { "format", "pt" };
     struct keel_st_tensor *t = calloc(2 * n_pairs, sizeof *t);
     char(*names)[128] = calloc(2 * n_pairs, sizeof *names);
@@ -182,13 +229,14 @@ static keel_status write_tensors(const struct keel_adapter_file *f, const keel_m
     if (!t || !names) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the tensor list", folder);
     }
-    for (size_t i = 0; i < n_pairs; i++) {
+    for (uint32_t i = 0; i < n_pairs; i++) {
         const struct keel_adapter_pair *p = &f->pair[i];
         uint32_t k, width;
-        keel_proj_shape(model, (enum keel_proj)(i % KEEL_N_PROJ), &k, &width);
+        char module[96];
+        keel_adapter_pair_shape(model, i, &k, &width);
+        module_of(model, i, vision, module);
         for (int b = 0; b < 2 && p->rank > 0; b++, n++) {
-            snprintf(names[n], sizeof names[n], "base_model.model.model.layers.%zu.%s.lora_%c.weight", i / KEEL_N_PROJ,
-                     module_name[i % KEEL_N_PROJ], b ? 'B' : 'A');
+            snprintf(names[n], sizeof names[n], "base_model.model.%s.lora_%c.weight", module, b ? 'B' : 'A');
             t[n] = (struct keel_st_tensor){ .name = names[n], .type = KEEL_ST_F32, .n_dims = 2,
                                             .dims = { b ? width : p->rank, b ? p->rank : k },
                                             .data = (const uint8_t *)(b ? p->b : p->a) };
@@ -210,6 +258,10 @@ out:
 keel_status keel_peft_write(const struct keel_adapter_file *f, const keel_model *model, const char *folder)
 {
     keel_status st = KEEL_OK;
+    if (model->vision && f->pair[f->n_pairs - 1].rank > 0) {
+        KEEL_FAIL(model->log, KEEL_ERR_UNSUPPORTED,
+                  "%s: PEFT has no name for an adapter of the projector (vision.proj); write a .gguf, or leave that target out", folder);
+    }
     KEEL_TRY(keel_make_dirs(folder, model->log));
     KEEL_TRY(write_tensors(f, model, folder)); // the config comes last: a folder with one is complete
     KEEL_TRY(write_config(f, model, folder));

@@ -292,12 +292,14 @@ void keel_adapter_pair_shape(const keel_model *model, uint32_t pair, uint32_t *k
 
 struct keel_adapter_file {
     float alpha;
-    uint32_t rank, n_layers;
+    uint32_t rank;
+    uint32_t n_pairs;   // keel_adapter_n_pairs()
+    uint32_t n_skipped; // tensors of a vision tower, which the model does not have
     struct keel_adapter_pair {
         uint32_t rank;
         float scale; // alpha / rank, or what the file says instead
         float *a, *b; // [rank, K], [N, rank]
-    } *pair; // [n_layers × KEEL_N_PROJ]
+    } *pair; // [n_pairs]
 };
 keel_status keel_adapter_file_read(struct keel_adapter_file *f, const keel_model *model, const char *path);
 keel_status keel_adapter_file_write(const struct keel_adapter_file *f, const keel_model *model, const char *path);
@@ -306,9 +308,15 @@ keel_status keel_adapter_file_init(struct keel_adapter_file *f, const keel_model
 // The parts of the PEFT layout.
 keel_status keel_peft_read(struct keel_adapter_file *f, const keel_model *model, const char *path);
 keel_status keel_peft_write(const struct keel_adapter_file *f, const keel_model *model, const char *path);
-// Checks one tensor, `dims` [rows, columns] as PyTorch has it, and makes room for it in its pair: `*where` is to be filled.
+// What the name of a tensor says: a map of a block, or (vision, layer UINT32_MAX) the projector; which of the two matrices.
+struct keel_pair_name {
+    bool vision, is_b;
+    uint32_t layer, proj;
+};
+// Checks one tensor, `dims` [rows, columns] as PyTorch has it, and makes room for it in its pair: `*where` is to be filled, NULL: to
+// be skipped, as it belongs to a tower that the model does not have. `*pair`: its index.
 keel_status keel_adapter_file_tensor(struct keel_adapter_file *f, const keel_model *model, const char *path, const char *name,
-                                     uint32_t layer, uint32_t proj, bool is_b, const uint64_t dims[2], float **where);
+                                     const struct keel_pair_name *which, const uint64_t dims[2], uint32_t *pair, float **where);
 // After all tensors: every pair is complete and finite; sets f->rank to the largest.
 keel_status keel_adapter_file_check(struct keel_adapter_file *f, const keel_model *model, const char *path);
 

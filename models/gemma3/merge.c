@@ -64,6 +64,10 @@ static keel_status read_all(struct merge *m, const char *from, const struct keel
     }
     for (size_t i = 0; i < m->n; i++) {
         KEEL_TRY(keel_adapter_file_read(&m->file[i], m->model, adapters[i].path));
+        if (m->file[i].n_skipped > 0) {
+            KEEL_WARN(log, "%s: what it changes in the vision tower (%u tensors) is left out of the merged model", adapters[i].path,
+                      m->file[i].n_skipped);
+        }
     }
     KEEL_TRY(keel_pack_gguf(&m->pack, w, m->model->gguf, &m->model->map, log));
     for (size_t i = 0; i < n_tensors; i++) {

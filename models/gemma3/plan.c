@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // gemma3/plan.c: layouts: one piece of code counts memory for the plan and allocates it for the pass.
-#include "gemma3.h"
+#include "vision_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -151,6 +151,10 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
         keel_trainer_plan(model, params->train_tokens, params->train_row, params->train_rank, out, row);
         if (params->images) {
             plan_images(out, c, params->train_tokens);
+        }
+        if (model->vision && (targets & KEEL_VISION_TARGETS)) {
+            row(out, "vision weights", keel_siglip_weight_bytes(model->vision), false);
+            row(out, "vision activations, gradients", keel_vision_trainer_bytes(model->vision, params->train_rank), false);
         }
     }
     row(out, "tokenizer and program", 64ull * c->vocab + (UINT64_C(12) << 20), true);

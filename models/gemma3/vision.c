@@ -88,6 +88,9 @@ void keel_vision_close(keel_vision **vision)
         return;
     }
     keel_vision_unload(v);
+    for (uint32_t i = 0; i < v->n_owned; i++) {
+        keel_adapter_destroy(&v->owned[i]);
+    }
     keel_siglip_finish(&v->src);
     keel_gguf_destroy(&v->gguf);
     keel_map_close(&v->map);
@@ -341,4 +344,23 @@ void keel_vision_drop_adapter(keel_vision *v, const keel_adapter *adapter)
         }
     }
     v->n_adapters = n;
+}
+
+keel_status keel_vision_add_adapter(keel_vision *v, keel_model *model, keel_device *dev, const char *path, float scale)
+{
+    keel_status st = KEEL_OK;
+    keel_adapter *a = NULL;
+    struct keel_vision *before = model->vision;
+    keel_model_use_vision(model, v); // so that the file's tensors of the tower are checked and kept
+    KEEL_TRY(keel_adapter_load_vision(&a, model, dev, path, scale));
+    if (!has_vision_pairs(a)) {
+        goto out;
+    }
+    KEEL_TRY(keel_vision_use_adapter(v, dev, a));
+    v->owned[v->n_owned++] = a;
+    a = NULL;
+out:
+    keel_adapter_destroy(&a);
+    model->vision = before;
+    return st;
 }

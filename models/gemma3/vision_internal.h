@@ -78,6 +78,8 @@ struct keel_vision {
     const keel_adapter *adapters[8]; // borrowed: those whose vision pairs are in force
     uint64_t adapter_hash[8];        // of their parameters and scales
     uint32_t n_adapters;
+    keel_adapter *owned[8];          // those of them that this object loaded
+    uint32_t n_owned;
     bool cache_warned;
 };
 

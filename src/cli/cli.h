@@ -70,6 +70,7 @@ struct context {
     keel_device *dev;
     keel_model *model;
     keel_images *images; // NULL without --mmproj
+    bool images_adapted; // --lora is in force in the tower
     keel_session *session;
     uint64_t load_ns;
 };

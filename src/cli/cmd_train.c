@@ -151,7 +151,7 @@ static const struct arg_option options[] = {
     { .name = "--alpha", .type = ARG_NUM, .offset = AT(alpha), .value = "X", .def = "0", .min = 0, .max = 1e6,
       .help = "scale is alpha / rank; 0: twice the rank" },
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
-      .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all" },
+      .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all; vision.* or vision.NAME with --mmproj" },
     { .name = "--init-adapter", .type = ARG_STR, .offset = AT(init_adapter), .value = "A", .help = "start from this adapter" },
     { .type = ARG_HEAD, .help = "Steps" },
     { .name = "--lr", .type = ARG_NUM, .offset = AT(lr), .value = "X", .def = "2e-4", .min = 0, .max = 10, .help = "learning rate" },

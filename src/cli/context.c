@@ -79,13 +79,52 @@ keel_status context_open_device(struct context *c, const struct common *o)
     return keel_device_create(&c->dev, &params, &c->log);
 }
 
+// The path of "PATH[:SCALE]", to be freed, and the scale. NULL: said why.
+static char *adapter_path(const struct context *c, const char *text, float *scale)
+{
+    double number = 1.0;
+    size_t len;
+    if (!args_split_number(text, &len, &number)) {
+        say(c, KEEL_LOG_ERROR, "--lora %s: the scale is not a number", text);
+        return NULL;
+    }
+    *scale = (float)number;
+    return strndup(text, len);
+}
+
+static keel_status add_adapter(struct context *c, const char *text)
+{
+    float scale;
+    char *path = adapter_path(c, text, &scale);
+    const keel_status st = path ? keel_session_add_adapter(c->session, path, scale) : KEEL_ERR_ARG;
+    free(path);
+    return st;
+}
+
+// What --lora changes in the vision tower must be in force before images are encoded.
+static keel_status adapt_images(struct context *c, const struct common *o)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; st == KEEL_OK && i < o->lora.n; i++) {
+        float scale;
+        char *path = adapter_path(c, o->lora.at[i], &scale);
+        st = path ? keel_images_add_adapter(c->images, c->model, c->dev, path, scale) : KEEL_ERR_ARG;
+        free(path);
+    }
+    c->images_adapted = st == KEEL_OK;
+    return st;
+}
+
 keel_status context_encode_images(struct context *c, const struct common *o)
 {
     struct progress p = { .what = "images", .unit = "images", .off = o->quiet };
     if (!c->images) {
         return KEEL_OK;
     }
-    const keel_status st = keel_images_encode(c->images, c->dev, progress_tokens, &p);
+    keel_status st = c->images_adapted ? KEEL_OK : adapt_images(c, o);
+    if (st == KEEL_OK) {
+        st = keel_images_encode(c->images, c->dev, progress_tokens, &p);
+    }
     progress_end(&p);
     return st;
 }
@@ -102,23 +141,6 @@ keel_status context_load(struct context *c, const struct common *o)
         st = keel_model_load(c->model, c->dev);
         c->load_ns = now_ns() - start;
     }
-    return st;
-}
-
-static keel_status add_adapter(struct context *c, const char *text)
-{
-    double scale = 1.0;
-    size_t len;
-    if (!args_split_number(text, &len, &scale)) {
-        say(c, KEEL_LOG_ERROR, "--lora %s: the scale is not a number", text);
-        return KEEL_ERR_ARG;
-    }
-    char *path = strndup(text, len);
-    if (!path) {
-        return KEEL_ERR_NO_MEMORY;
-    }
-    const keel_status st = keel_session_add_adapter(c->session, path, (float)scale);
-    free(path);
     return st;
 }
 

@@ -36,6 +36,7 @@ struct run {
     FILE *log_file;
     keel_adapter *adapter;
     keel_trainer *trainer;
+    keel_image_trainer *tower; // NULL unless the vision tower is trained too
     keel_heap *heap;
     keel_recorder *rec;
     struct keel_span grads, sums, partial;
@@ -106,6 +107,9 @@ static keel_status check_params(struct run *r)
                   context);
     }
     KEEL_TRY(keel_targets_parse(p->targets, &r->targets, r->log));
+    if ((r->targets & KEEL_VISION_TARGETS) && !p->images) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--targets %s: the vision tower is not there; give its file with --mmproj", p->targets);
+    }
     r->alpha = p->alpha > 0 ? p->alpha : 2.0f * (float)p->rank;
     r->per_step = (uint64_t)p->batch * p->accum;
 out:
@@ -304,14 +308,20 @@ static keel_status load_initial_adapter(struct run *r)
     const char *path = r->p->init_adapter;
     KEEL_TRY(keel_adapter_load(&r->adapter, r->model, path, 1.0f));
     const keel_adapter *a = r->adapter;
-    for (uint32_t i = 0; i < a->n_layers * KEEL_N_PROJ; i++) {
-        const bool wanted = (r->targets >> (i % KEEL_N_PROJ)) & 1;
+    if (a->n_skipped > 0) {
+        KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
+                  "%s: changes the vision tower too; give --mmproj and the targets it was trained with", path);
+    }
+    for (uint32_t i = 0; i < a->n_pairs; i++) {
+        const bool wanted = (r->targets >> keel_adapter_pair_target(r->model, i)) & 1;
         const uint32_t rank = a->pair[i].rank;
         if (rank != (wanted ? r->p->rank : 0)) {
+            char name[64];
+            keel_adapter_pair_name(r->model, i, name);
             KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
-                      "%s: its rank for blk.%u.%s is %u, but --rank and --targets ask for %u; give the "
+                      "%s: its rank for %s is %u, but --rank and --targets ask for %u; give the "
                       "options it was trained with",
-                      path, i / KEEL_N_PROJ, keel_proj_name[i % KEEL_N_PROJ], rank, wanted ? r->p->rank : 0);
+                      path, name, rank, wanted ? r->p->rank : 0);
         }
     }
     if (r->p->alpha > 0 && a->alpha != r->p->alpha) {
@@ -352,6 +362,9 @@ static keel_status create_buffers(struct run *r)
     KEEL_TRY(keel_recorder_wait(r->rec));
     KEEL_TRY(keel_trainer_create(&r->trainer, r->model, r->p->batch * r->set.longest, r->set.longest,
                                  r->p->batch * r->set.most_loss));
+    if (r->targets & KEEL_VISION_TARGETS) {
+        KEEL_TRY(keel_image_trainer_create(&r->tower, r->model, r->p->images, r->trainer));
+    }
     collect_options(r);
 out:
     return st;
@@ -430,8 +443,14 @@ static keel_status do_step(struct run *r, struct keel_step_info *info)
         if (keel_interrupted()) {
             return KEEL_INTERRUPTED;
         }
-        KEEL_TRY(keel_trainer_step(r->trainer, r->adapter, r->grads, r->seqs + at,
-                                   KEEL_MIN(p->batch, n_rows - at), &part, &n_loss));
+        const uint32_t n = KEEL_MIN(p->batch, n_rows - at);
+        if (r->tower) {
+            KEEL_TRY(keel_image_trainer_forward(r->tower, r->adapter, r->seqs + at, n));
+        }
+        KEEL_TRY(keel_trainer_step(r->trainer, r->adapter, r->grads, r->seqs + at, n, &part, &n_loss));
+        if (r->tower) {
+            KEEL_TRY(keel_image_trainer_backward(r->tower, r->adapter, r->grads, r->seqs + at, n));
+        }
         nll += part;
     }
     keel_sumsq(r->rec, r->grads, r->partial, r->sums, s->n_floats);
@@ -536,6 +555,7 @@ static void run_finish(struct run *r)
     if (r->log_file) {
         fclose(r->log_file);
     }
+    keel_image_trainer_destroy(&r->tower);
     keel_trainer_destroy(&r->trainer);
     keel_recorder_destroy(&r->rec);
     keel_heap_destroy(&r->heap);
@@ -565,6 +585,9 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
     r->log = log;
     r->p = params;
     KEEL_TRY(check_params(r));
+    if (r->targets & KEEL_VISION_TARGETS) {
+        keel_model_use_vision(model, keel_images_vision(params->images));
+    }
     KEEL_TRY(keel_train_set_load(&r->set, model, params->images, params->data, params->n_data,
                                  params->seq_len, log));
     KEEL_TRY(check_plan(r));
@@ -585,6 +608,7 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
                                               .data_hash = r->set.hash };
     }
 out:
+    keel_model_use_vision(model, NULL);
     run_finish(r);
     return st;
 }
@@ -599,6 +623,12 @@ keel_status keel_adapter_convert(const keel_model *model, const char *from, cons
     }
     // Loading allocates on the model's device and leaves the model itself as it was.
     KEEL_TRY(keel_adapter_load(&adapter, (keel_model *)(uintptr_t)model, from, 1.0f));
+    if (adapter->n_skipped > 0) {
+        KEEL_FAIL(keel_device_log(keel_model_device(model)), KEEL_ERR_UNSUPPORTED,
+                  "%s: changes the vision tower too, which a conversion would lose; train with --out of the "
+                  "other kind instead",
+                  from);
+    }
     KEEL_TRY(keel_adapter_save(adapter, model, to));
 out:
     keel_adapter_destroy(&adapter);

@@ -56,6 +56,10 @@ KEEL_API keel_status keel_images_add(keel_images *images, const char *path, cons
 // Adds all images that the rows of a JSONL file name, so that they can be encoded before a model takes the device's memory.
 // Errors: as keel_prompt_row(), with FILE:LINE.
 KEEL_API keel_status keel_images_scan(keel_images *images, const char *jsonl, const keel_log *log);
+// What an adapter changes in the vision tower is in force for all images encoded from now on; those encoded before are due again.
+// Parts for the language model do not matter here (keel_session_add_adapter()). `dev` must outlive `images`. Errors: as
+// keel_session_add_adapter().
+KEEL_API keel_status keel_images_add_adapter(keel_images *images, keel_model *model, keel_device *dev, const char *path, float scale);
 // Encodes what was added and is not encoded yet, then releases the tower's device memory. `progress`, unless NULL, is told images
 // done and in total; returning false stops with INTERRUPTED. Errors: as keel_vision_encode(), at the first file that cannot be
 // read; it is passed over from then on, until it is added again.

@@ -30,7 +30,9 @@ struct keel_train_params {
     const char *out;          // adapter to write: a path ending in .gguf, or a folder for PEFT
     uint32_t rank;
     float alpha;              // 0: rank × 2
-    const char *targets;      // comma-separated names of projections (attn_q, ..., ffn_down), or "all"; whole names only
+    // Comma-separated names of projections (attn_q, ..., ffn_down), or "all" of them; and of the tower of `images`: "vision.*", or
+    // vision.attn_q, attn_k, attn_v, attn_out, ffn_up, ffn_down, proj (the projector). Whole names only.
+    const char *targets;
     double lr;
     const char *schedule;     // "constant", "linear" or "cosine", to 0 at the last step
     uint32_t warmup;          // steps of linear rise from 0
