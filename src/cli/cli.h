@@ -42,7 +42,7 @@ struct common {
         OPTION_TYPE
 #define OPTION_MMPROJ                                                                                                  \
     { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "P",                                 \
-      .help = "vision tower for images: an mmproj GGUF made for the model" }
+      .help = "vision tower for images: an mmproj GGUF made for the model, or its Hugging Face folder" }
 #define OPTIONS_DEVICE                                                                                                 \
     { .type = ARG_HEAD, .help = "Device" },                                                                            \
         { .name = "--device", .type = ARG_STR, .offset = OPT_COMMON(device), .value = "D",                             \

@@ -88,6 +88,32 @@ def test_score_of_other_configs(keel, tmp_path, change):
     check_scores(keel, hf_models.save(model, tmp_path / "m"), model, tmp_path, 1e-3)
 
 
+@pytest.mark.parametrize("kind,tol", [("f32", 1e-3), ("f16", 0.02)])
+def test_score_with_an_image(keel, folders, tmp_path, kind, tol):
+    """The folder as model and tower, and the two files made of it, against Gemma3ForConditionalGeneration from the pixels on."""
+    Image = pytest.importorskip("PIL.Image")
+    folder, model = folders["vision"]
+    rgb = np.random.default_rng(3).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "p.png")
+    row = {"id": 0, "prompt": "<image>what is it? ", "completion": "the stone is red", "images": ["p.png"]}
+    if kind == "f32":
+        files = folder, folder
+    else:
+        files = tmp_path / "m.gguf", tmp_path / "v.gguf"
+        keel("convert", folder, "--out", files[0], "--mmproj-out", files[1], "--type", kind)
+    got = score(keel, files[0], [row], tmp_path, "--mmproj", files[1])[0]
+    tok, cfg = library(folder), model.config
+    plain = lambda text: tok.encode(text, add_special_tokens=False).ids
+    prompt = [2, *plain("\n\n"), cfg.boi_token_index, *[0] * 9, cfg.eoi_token_index, *plain("\n\nwhat is it? ")]
+    assert got["token_ids"] == plain(row["completion"])
+    ids = torch.tensor([prompt + got["token_ids"]])
+    pixels = torch.tensor((rgb.astype(np.float32) / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        lp = model(input_ids=ids, pixel_values=pixels, token_type_ids=(ids == 0).long()).logits[0].log_softmax(-1)
+    want = [float(lp[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1])]
+    assert np.abs(np.subtract(got["token_logprobs"], want)).max() < tol
+
+
 def hf_name(name):
     """GGUF tensor -> the name in the text part of transformers' state dict."""
     from gemma3_ref import LINEARS, NORMS

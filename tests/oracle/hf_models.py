@@ -40,8 +40,8 @@ def text_model(seed=5, dtype=torch.float32, **change):
 
 
 def vision_model(seed=6, dtype=torch.float32, **change):
-    cfg = Gemma3Config(text_config=text_config(**change), vision_config=dict(VISION), mm_tokens_per_image=9, image_token_index=TOKENS - 1,
-                       boi_token_index=TOKENS - 3, eoi_token_index=TOKENS - 2)
+    cfg = Gemma3Config(text_config=text_config(**change), vision_config=dict(VISION), mm_tokens_per_image=9, image_token_index=0,
+                       boi_token_index=TOKENS - 2, eoi_token_index=TOKENS - 1)
     return _randomise(Gemma3ForConditionalGeneration(cfg), seed).to(dtype)
 
 
