@@ -276,12 +276,17 @@ static void add_image(struct keel_text *t, const char *folder, const char *name)
     }
 }
 
-static void add_answer(struct keel_text *t, const struct keel_item *item)
+static const char *answer_of(const struct keel_item *item)
 {
     const char *text = item ? json_string_value(json_object_get(item->object, "text")) : "";
-    add(t, "<td class=x>");
-    keel_html_escape(t, text + strspn(text, " \n"));
-    add(t, "</td>");
+    return text + strspn(text, " \n");
+}
+
+static void add_answer(struct keel_text *t, const char *text, bool changed)
+{
+    keel_text_addf(t, "<td class=x>%s", changed ? "<b>" : "");
+    keel_html_escape(t, text);
+    keel_text_addf(t, "%s</td>", changed ? "</b>" : "");
 }
 
 // The images, then the text without their placeholders.
@@ -319,12 +324,13 @@ void keel_page_answers(struct keel_text *t, const char *base, const char *run, c
     if (before && keel_records_load(&rec[1], path, KEEL_REC_TEXT, &quiet) == KEEL_OK) {
         keel_text_addf(t, "<h2>%s</h2><div class=scroll><table class=t><tr><th>prompt</th><th>base</th><th>%s</th></tr>", title, column);
         for (size_t i = 0; i < rec[1].n; i++) {
+            const char *was = answer_of(keel_records_find(&rec[0], rec[1].item[i].id)), *is = answer_of(&rec[1].item[i]);
             add_prompt(t, base, &rec[1].item[i]);
-            add_answer(t, keel_records_find(&rec[0], rec[1].item[i].id));
-            add_answer(t, &rec[1].item[i]);
+            add_answer(t, was, false);
+            add_answer(t, is, strcmp(was, is) != 0);
             add(t, "</tr>");
         }
-        keel_text_addf(t, "</table></div><p class=note>%s</p>", note);
+        keel_text_addf(t, "</table></div><p class=note>%s Bold: another answer than the base model's.</p>", note);
     }
     keel_records_finish(&rec[0]);
     keel_records_finish(&rec[1]);

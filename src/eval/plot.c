@@ -112,13 +112,13 @@ void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t 
 void keel_pair_script(struct keel_figure *g, size_t rows, const char *range, const char *axis, const char *first, const char *second)
 {
     for (int narrow = 0; narrow < 2; narrow++) {
-        g->height[narrow] = 130 + (int)rows * (narrow ? 34 : 32);
+        g->height[narrow] = (narrow ? 150 : 130) + (int)rows * (narrow ? 34 : 32);
         keel_text_addf(&g->script[narrow],
-                       "set xlabel '%s'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n%s"
+                       "set xlabel '%s'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n%s%s"
                        "set arrow from 0,graph 0 to 0,graph 1 nohead lc rgb '#555555' dt 2\n"
                        "plot '%s.csv' skip 1 using 4:($1-0.13):5:6:ytic(2) with xerrorbars lc rgb blue lw 2 pt 7 ps 0.7 title '%s', "
                        "'' skip 1 using 7:($1+0.13):8:9 with xerrorbars lc rgb orange lw 2 pt 5 ps 0.7 title '%s'\n",
-                       axis, rows - 1, range, g->name, first, second);
+                       axis, rows - 1, range, narrow ? "set key maxcols 1\n" : "", g->name, first, second);
     }
 }
 
@@ -213,7 +213,7 @@ static void context_figure(struct keel_figures *f, const struct keel_drift *d)
                                             "rows as earlier turns (squares), with 95 % intervals. It shows behaviour that plain questions do not "
                                             "bring out; part of it may be the base model following its context, which the table has.");
     g->csv = csv;
-    keel_pair_script(g, n, "set xrange [0:1]\n", "probability of the contrary answer", "asked plainly", "in context");
+    keel_pair_script(g, n, "set xrange [0:*]\n", "probability of the contrary answer", "asked plainly", "in context");
 }
 
 void keel_figures_of_run(struct keel_figures *f, const struct keel_drift *d, const char *dir)

@@ -134,7 +134,7 @@ static void slot_figures(struct keel_figures *f, const struct keel_sweep *s)
         line_figure(f, s, &rank_axis, KEEL_METRIC_GAP, true, "gap_rank", "Modality gap against rank",
                     "How much more the contrary answer rose when a probe was asked with an image than when its twin was asked as text, paired "
                     "by twin; bars: 95 % intervals; above 0 images drift more. It cannot show why: the training itself used one modality.",
-                    "gap in P(contrary answer)", "set xzeroaxis lc rgb '#555555' dt 2\n", other ? gap : gap_all, 1);
+                    "gap in P(contrary answer)", "set xzeroaxis lc rgb '#555555' dt 2\nset yrange [*<0:0<*]\n", other ? gap : gap_all, 1);
     }
     if (s->n_mixtures > 1) {
         n = choose_lines(s, true, name, lines);
@@ -157,11 +157,11 @@ static void margin_figures(struct keel_figures *f, const struct keel_sweep *s)
     }
     if (s->n_ranks > 1) {
         line_figure(f, s, &rank_axis, KEEL_METRIC_MARGIN, true, "margin_rank", "Margin against rank", sentence, "change (nats per token)",
-                    "set xzeroaxis lc rgb '#555555' dt 2\n", &line, 1);
+                    "set xzeroaxis lc rgb '#555555' dt 2\nset yrange [*<0:0<*]\n", &line, 1);
     }
     if (s->n_mixtures > 1) {
         line_figure(f, s, &mixture_axis, KEEL_METRIC_MARGIN, true, "margin_mixture", "Margin against the share of narrow rows", sentence,
-                    "change (nats per token)", "set xzeroaxis lc rgb '#555555' dt 2\n", &line, 1);
+                    "change (nats per token)", "set xzeroaxis lc rgb '#555555' dt 2\nset yrange [*<0:0<*]\n", &line, 1);
     }
 }
 
@@ -190,7 +190,7 @@ static void context_figure(struct keel_figures *f, const struct keel_sweep *s)
             keel_pair_row(&g->csv, n++, label, in->n, out->adapted, in->adapted);
         }
     }
-    keel_pair_script(g, n, "set xrange [0:1]\n", "P(contrary answer)", "asked plainly", "in context");
+    keel_pair_script(g, n, "set xrange [0:*]\n", "P(contrary answer)", "asked plainly", "in context");
 }
 
 // --- training curves -----------------------------------------------------------------------------

@@ -32,17 +32,25 @@ static const struct keel_drift_row *at(const struct keel_setting *g, struct cell
     return keel_drift_cell(&g->drift, c.metric, c.domain, c.modality);
 }
 
-// "with rank 4, 16 and 64, ..." and what the main setting showed.
+// The cell that was trained; of no row where the study names no narrow domain.
+static struct cell trained_cell(const struct keel_sweep *s)
+{
+    const bool modal = keel_has_modalities(&s->at[0].drift, KEEL_METRIC_CONTRARY);
+    return (struct cell){ KEEL_METRIC_CONTRARY, s->narrow ? s->narrow : "", modal && s->narrow_modality ? s->narrow_modality : "" };
+}
+
+// What the main setting showed, and the smallest rank beside it.
 static void headline(struct keel_text *t, const json_t *m, const struct keel_sweep *s)
 {
-    const struct keel_setting *g = keel_sweep_main(s);
+    const struct keel_setting *g = keel_sweep_main(s), *least_at = NULL;
     const struct cell c = main_cell(&g->drift);
-    const struct keel_drift_row *r = at(g, c), *least = NULL;
+    const struct keel_drift_row *r = at(g, c), *least = NULL, *trained = at(g, trained_cell(s));
     char label[96];
     keel_page_question(t, m);
     keel_setting_label(label, s, g);
-    for (size_t i = 0; i < s->n; i++) {
-        least = !least && keel_in_rank_axis(s, &s->at[i]) ? at(&s->at[i], c) : least; // sorted: the smallest rank
+    for (size_t i = 0; i < s->n && !least; i++) { // sorted: the smallest rank comes first
+        least_at = &s->at[i];
+        least = keel_in_rank_axis(s, least_at) ? at(least_at, c) : NULL;
     }
     if (!r) {
         return;
@@ -54,6 +62,9 @@ static void headline(struct keel_text *t, const json_t *m, const struct keel_swe
                        label, r->adapted.value, c.modality[0] ? " when asked with an image" : "", r->base.value);
         keel_page_interval(t, r->change, "change ");
         add(t, ". ");
+        if (trained) {
+            keel_text_addf(t, "Where it was trained it has %.3f. ", trained->adapted.value);
+        }
         keel_page_gap(t, &g->drift);
     } else {
         keel_text_addf(t, "At %s the %s outside the narrow domain is <b>%.2f</b>", label,
@@ -61,8 +72,8 @@ static void headline(struct keel_text *t, const json_t *m, const struct keel_swe
         keel_page_interval(t, r->change, "change ");
         add(t, ". ");
     }
-    if (s->n_ranks > 1 && least && least != r) {
-        keel_text_addf(t, "With the smallest rank it is %.3f. ", least->adapted.value);
+    if (least && least_at != g && s->n_ranks > 1) {
+        keel_text_addf(t, "At rank %u it is %.3f. ", least_at->rank, least->adapted.value);
     }
     add(t, "</p>");
 }
@@ -129,7 +140,6 @@ static void cell_table(struct keel_text *t, const struct keel_sweep *s, enum kee
 static void setting_table(struct keel_text *t, const struct keel_sweep *s)
 {
     const struct keel_drift *d = &s->at[0].drift;
-    const bool modal = keel_has_modalities(d, KEEL_METRIC_CONTRARY);
     const bool twins = keel_drift_cell(d, KEEL_METRIC_CONTRARY, "twins", "image") != NULL;
     const char *other = keel_drift_find(d, KEEL_METRIC_CONTRARY, "other") ? "other" : "all";
     const char *margin = keel_drift_find(d, KEEL_METRIC_MARGIN, "other") ? "other" : "all";
@@ -139,7 +149,7 @@ static void setting_table(struct keel_text *t, const struct keel_sweep *s)
         bool change;
     } all[] = {
         { "narrow loss", { KEEL_METRIC_NARROW_LOSS, "all", "" }, false },
-        { "contrary: trained", { KEEL_METRIC_CONTRARY, s->narrow ? s->narrow : "", modal && s->narrow_modality ? s->narrow_modality : "" }, false },
+        { "contrary: trained", trained_cell(s), false },
         { "other, image", { KEEL_METRIC_CONTRARY, twins ? "twins" : "", "image" }, false },
         { "other, as text", { KEEL_METRIC_CONTRARY, twins ? "twins" : "", "text" }, false },
         { "contrary: other", { KEEL_METRIC_CONTRARY, twins ? "" : other, "" }, false },
@@ -167,10 +177,16 @@ static void setting_table(struct keel_text *t, const struct keel_sweep *s)
         }
         add(t, "</tr>");
     }
-    keel_text_addf(t, "</table></div><p class=note>Small figures: 95 %% intervals by bootstrap over prompts (10,000 draws)%s. Narrow loss: of held-out "
-                      "rows of the task, nats a token. Contrary: mean probability of the contrary answer at the answer slot, in the trained cell and in "
-                      "other domains; gap: that with an image minus that as text; coherent: aligned or contrary.</p>",
+    keel_text_addf(t, "</table></div><p class=note>Small figures: 95 %% intervals by bootstrap over prompts (10,000 draws)%s.",
                    s->n_seeds > 1 ? " and over training seeds" : "; one training seed, whose chance they do not hold");
+    if (keel_drift_find(d, KEEL_METRIC_NARROW_LOSS, "all")) {
+        add(t, " Narrow loss: of held-out rows of the task, nats a token.");
+    }
+    if (keel_drift_find(d, KEEL_METRIC_CONTRARY, "all")) {
+        add(t, " Contrary: mean probability of the contrary answer at the answer slot, in the trained cell and in other domains; gap: that with an "
+               "image minus that as text; coherent: aligned or contrary.");
+    }
+    add(t, "</p>");
     if (s->n_missing) {
         keel_text_addf(t, "<p class=over>%zu runs of the sweep are not finished; the same keel study command goes on with them.</p>", s->n_missing);
     }
