@@ -27,7 +27,7 @@ static bool show(void *user, const struct keel_study_progress *p)
         const bool off = s->line.off;
         progress_end(&s->line);
         snprintf(s->stage, sizeof s->stage, "%s", p->stage);
-        s->line = (struct progress){ .what = s->stage, .unit = p->step ? "steps" : "tokens", .off = off };
+        s->line = (struct progress){ .what = s->stage, .unit = p->unit, .off = off };
     }
     if (p->step) {
         snprintf(extra, sizeof extra, "loss %.4f", p->step->loss);

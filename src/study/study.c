@@ -32,7 +32,8 @@ static bool report_progress(void *user, uint64_t done, uint64_t total)
 {
     struct study *s = user;
     snprintf(s->label, sizeof s->label, "%s%.60s", s->prefix, s->stage);
-    const struct keel_study_progress p = { s->label, done, total, NULL };
+    const char *unit = strcmp(s->stage, "images") == 0 ? "images" : "tokens";
+    const struct keel_study_progress p = { s->label, unit, done, total, NULL };
     return !keel_interrupted() && (!s->p->progress || s->p->progress(s->p->user, &p));
 }
 
@@ -40,7 +41,7 @@ static bool report_step(void *user, const struct keel_step_info *info)
 {
     struct study *s = user;
     snprintf(s->label, sizeof s->label, "%strain", s->file->sweep ? s->prefix : "");
-    const struct keel_study_progress p = { s->label, info->step, info->n_steps, info };
+    const struct keel_study_progress p = { s->label, "steps", info->step, info->n_steps, info };
     return !s->p->progress || s->p->progress(s->p->user, &p);
 }
 

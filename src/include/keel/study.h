@@ -12,7 +12,8 @@ extern "C" {
 
 struct keel_study_progress {
     const char *stage;                 // "base, margins", "rank-16_seed-1 (2 of 6), train", ...
-    uint64_t done, total;              // tokens of the stage, or steps of the training
+    const char *unit;                  // of the next two: "tokens", "images", or "steps" of the training
+    uint64_t done, total;
     const struct keel_step_info *step; // training only, else NULL
 };
 
