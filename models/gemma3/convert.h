@@ -52,9 +52,7 @@ struct keel_recipe {
     uint32_t file_type;   // general.file_type
     int mix;              // which llama.cpp mixture; see recipe.c
 };
-// NULL for an unknown name. NULL name: NULL.
-const struct keel_recipe *keel_recipe_find(const char *name);
-// The same; an unknown name is an error that lists the known ones. Errors: ARG.
+// NULL name: NULL. Errors: ARG (unknown; the message lists the known ones).
 keel_status keel_recipe_of(const struct keel_recipe **out, const char *name, const keel_log *log);
 // Sets `to` of every tensor. recipe NULL: matrices keep their type. Logs where a row does not fit the type asked for.
 void keel_recipe_apply(const struct keel_recipe *recipe, struct keel_pack *p, const keel_log *log);

@@ -113,8 +113,9 @@ static void job(void *user, uint32_t i)
         memcpy(out, src, (size_t)keel_dtype_bytes(t->to, n)); // a second rounding would not give the same bits
     } else if (!bad) {
         keel_quantize(t->to, x, out, (size_t)n);
-        // What is beyond f16's range becomes infinity there.
-        for (uint64_t k = 0; t->to == KEEL_F16 && k < n && !bad; k++) {
+        // What is beyond f16's range becomes infinity there, and the scales of blocks are f16.
+        const bool wide = t->to == KEEL_F32 || t->to == KEEL_BF16;
+        for (uint64_t k = 0; !wide && k < n && !bad; k++) {
             bad = fabsf(x[k]) >= 65520.0f;
         }
         b->bad[i] = bad;

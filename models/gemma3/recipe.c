@@ -17,7 +17,7 @@ static const struct keel_recipe recipes[] = {
     {"q4_0", KEEL_Q4_0, 2, PLAIN},
 };
 
-const struct keel_recipe *keel_recipe_find(const char *name)
+static const struct keel_recipe *find_recipe(const char *name)
 {
     for (size_t i = 0; name && i < KEEL_COUNT(recipes); i++) {
         if (strcasecmp(recipes[i].name, name) == 0) {
@@ -31,7 +31,7 @@ keel_status keel_recipe_of(const struct keel_recipe **out, const char *name, con
 {
     char names[160] = "";
     size_t at = 0;
-    *out = keel_recipe_find(name);
+    *out = find_recipe(name);
     if (!name || *out) {
         return KEEL_OK;
     }

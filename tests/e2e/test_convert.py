@@ -521,6 +521,15 @@ def test_wrong_use(keel, folders, tiny_a, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kind", ["f16", "q4_1", "q4_0"])
+def test_values_beyond_a_type(keel, folders, tmp_path, kind):
+    """bf16 holds what f16, and the scales of blocks, do not: never infinity in silence."""
+    name = "model.layers.3.mlp.up_proj.weight"
+    folder = hf_models.rewrite(folders["bf16"][0], tmp_path / "m", edit=set_tensor(name, lambda w: w * 1e6))
+    keel("convert", folder, "--out", tmp_path / "b.gguf")
+    keel.fails("convert", folder, "--out", tmp_path / "m.gguf", "--type", kind, says=["blk.3.ffn_up", "bf16"])
+
+
 def test_quantize_refuses_nan(keel, tiny, tmp_path):
     data = bytearray((tiny / "tiny_a.gguf").read_bytes())
     t = next(t for t in reader(tiny / "tiny_a.gguf").tensors if t.name == "blk.2.ffn_up.weight")
