@@ -98,6 +98,10 @@ struct keel_seq {
 
 #define KEEL_MAX_POSITION_SETS 8
 
+keel_model *keel_session_model(const keel_session *session);
+const keel_log *keel_session_log(const keel_session *session);
+uint32_t keel_session_batch_tokens(const keel_session *session); // tokens that a pass takes at most
+
 // Tokens of a batch, for who captures them: caller's number of the row and place in it, and which belong to the hook's positions.
 struct keel_batch_tokens {
     uint32_t n;
@@ -115,8 +119,9 @@ struct keel_capture_call {
 };
 keel_status keel_hooks_add_capture(keel_hooks *hooks, enum keel_site site, uint32_t layer, struct keel_positions at,
                                    void (*fn)(void *user, const struct keel_capture_call *call), void *user);
-// `fn` is called after each batch of keel_session_score() was computed, with the marks of the first hook's positions.
-void keel_hooks_after_batch(keel_hooks *hooks, keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user);
+// `fn` is called after each batch of keel_session_score() was computed, with the marks of these positions.
+keel_status keel_hooks_after_batch(keel_hooks *hooks, struct keel_positions at,
+                                   keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user);
 uint64_t keel_hooks_hash(const keel_hooks *hooks, uint64_t hash); // of all that decides what they do; NULL: `hash`
 
 // --- training pass -------------------------------------------------------------------------------

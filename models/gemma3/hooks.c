@@ -32,6 +32,7 @@ struct keel_hooks {
     bool uploaded;
     keel_status (*after)(void *user, const struct keel_batch_tokens *tokens);
     void *after_user;
+    uint32_t after_set;
 };
 
 // --- words ---------------------------------------------------------------------------------------
@@ -284,10 +285,12 @@ keel_status keel_hooks_add_capture(keel_hooks *h, enum keel_site site, uint32_t 
     return st == KEEL_OK ? append(h, &hook) : st;
 }
 
-void keel_hooks_after_batch(keel_hooks *h, keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user)
+keel_status keel_hooks_after_batch(keel_hooks *h, struct keel_positions at,
+                                   keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user)
 {
     h->after = fn;
     h->after_user = user;
+    return find_set(h, at, &h->after_set);
 }
 
 uint64_t keel_hooks_hash(const keel_hooks *h, uint64_t hash)
@@ -500,6 +503,6 @@ keel_status keel_pass_after(const struct keel_pass *p)
     if (!p->hooks || !p->hooks->after) {
         return KEEL_OK;
     }
-    const struct keel_batch_tokens tokens = tokens_of(p->batch, 0);
+    const struct keel_batch_tokens tokens = tokens_of(p->batch, p->hooks->after_set);
     return p->hooks->after(p->hooks->after_user, &tokens);
 }

@@ -351,6 +351,21 @@ keel_status keel_session_sample(keel_session *s, const struct keel_sample_params
     return KEEL_OK;
 }
 
+keel_model *keel_session_model(const keel_session *s)
+{
+    return s->model;
+}
+
+const keel_log *keel_session_log(const keel_session *s)
+{
+    return s->model->log;
+}
+
+uint32_t keel_session_batch_tokens(const keel_session *s)
+{
+    return s->n_batch;
+}
+
 uint32_t keel_session_length(const keel_session *s)
 {
     return s->n_ids;

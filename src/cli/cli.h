@@ -9,6 +9,7 @@
 #include <keel/images.h>
 #include <keel/model.h>
 #include <keel/session.h>
+#include <keel/steer.h>
 
 #include <jansson.h>
 #include <stdio.h>
@@ -24,7 +25,7 @@ struct common {
     const char *model, *type, *mmproj, *device, *profile;
     bool validate;
     uint64_t memory_limit;
-    struct arg_list lora;
+    struct arg_list lora, steer;
     uint32_t ctx, batch_tokens;
 };
 // A command's struct begins with a `struct common` named `common`; these rows fill it in.
@@ -57,6 +58,9 @@ struct common {
 #define OPTION_LORA                                                                                                    \
     { .name = "--lora", .type = ARG_LIST, .offset = OPT_COMMON(lora), .value = "A[:SCALE]",                            \
       .help = "add an adapter: a GGUF or a PEFT folder" }
+#define OPTION_STEER                                                                                                   \
+    { .name = "--steer", .type = ARG_LIST, .offset = OPT_COMMON(steer), .value = "V[:COEF[%]][@LAYERS][,K=V]",         \
+      .help = "steer along the directions of a file: op=add|ablate|cap|floor, at=POSITIONS, site=S (docs/steering.md)" }
 #define OPTIONS_SESSION                                                                                                \
     { .name = "--ctx", .type = ARG_U32, .offset = OPT_COMMON(ctx), .value = "N", .def = "0", .min = 0, .max = 1 << 24, \
       .help = "context in tokens; 0: as long as needed, at most 4096" },                                               \
@@ -72,6 +76,7 @@ struct context {
     keel_images *images; // NULL without --mmproj
     bool images_adapted; // --lora is in force in the tower
     keel_session *session;
+    keel_hooks *hooks; // of the session, or NULL
     uint64_t load_ns;
 };
 // The program's log: to stderr, level from -v and -q.
@@ -84,7 +89,9 @@ keel_status context_load(struct context *c, const struct common *o);
 // do not share the device's memory.
 keel_status context_encode_images(struct context *c, const struct common *o);
 keel_status context_open_device(struct context *c, const struct common *o);
-// Session with the adapters of --lora. n_ctx 0: o->ctx, which may itself be 0.
+// Hooks of --steer, which the caller destroys after the session; NULL without any.
+keel_status context_steer(struct context *c, const struct common *o, keel_hooks **hooks);
+// Session with the adapters of --lora and the hooks of --steer. n_ctx 0: o->ctx, which may itself be 0.
 keel_status context_open_session(struct context *c, const struct common *o, uint32_t n_ctx);
 // Returns the exit code for `st`; with --validate a validation message turns success into failure.
 int context_close(struct context *c, keel_status st);

@@ -132,6 +132,7 @@ static const struct arg_option options[] = {
       .help = "tokens of a window, its BOS included" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print {\"ppl\", \"nll\", \"stderr\", \"n_tokens\", ...}" },
     OPTION_LORA,
+    OPTION_STEER,
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,
       .max = 65536, .help = "tokens a pass takes at once" },
     OPTIONS_DEVICE,

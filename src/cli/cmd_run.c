@@ -370,6 +370,7 @@ static const struct arg_option options[] = {
       .help = "at most N tokens" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print {\"text\", \"ids\", \"tokens\", \"seconds\", ...}, not a stream" },
     OPTION_LORA,
+    OPTION_STEER,
     { .type = ARG_HEAD, .help = "Images" },
     OPTION_MMPROJ,
     { .name = "--image", .type = ARG_LIST, .offset = AT(image), .value = "F",

@@ -217,6 +217,7 @@ static const struct arg_option options[] = {
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "OUT.jsonl", .def = "-",
       .help = "rows {\"id\", \"logprob\", \"n_tokens\", \"token_ids\", \"token_logprobs\"}; - is standard output" },
     OPTION_LORA,
+    OPTION_STEER,
     OPTION_MMPROJ,
     OPTIONS_SESSION,
     OPTIONS_DEVICE,

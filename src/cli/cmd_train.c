@@ -108,6 +108,10 @@ static int train(const struct train_args *a, const struct keel_train_data *data)
     }
     params.images = c.images;
     if (st == KEEL_OK) {
+        st = context_steer(&c, &a->common, &c.hooks);
+        params.hooks = c.hooks;
+    }
+    if (st == KEEL_OK) {
         st = keel_train(c.model, &params, &result);
         progress_end(&p.line);
     }
@@ -153,6 +157,7 @@ static const struct arg_option options[] = {
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
       .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all; vision.* or vision.NAME with --mmproj" },
     { .name = "--init-adapter", .type = ARG_STR, .offset = AT(init_adapter), .value = "A", .help = "start from this adapter" },
+    OPTION_STEER,
     { .type = ARG_HEAD, .help = "Steps" },
     { .name = "--lr", .type = ARG_NUM, .offset = AT(lr), .value = "X", .def = "2e-4", .min = 0, .max = 10, .help = "learning rate" },
     { .name = "--schedule", .type = ARG_STR, .offset = AT(schedule), .value = "S", .def = "constant", .choice = schedules,

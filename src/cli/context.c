@@ -144,6 +144,19 @@ keel_status context_load(struct context *c, const struct common *o)
     return st;
 }
 
+keel_status context_steer(struct context *c, const struct common *o, keel_hooks **hooks)
+{
+    keel_status st = KEEL_OK;
+    *hooks = NULL;
+    if (o->steer.n > 0) {
+        st = keel_hooks_create(hooks, c->model);
+    }
+    for (size_t i = 0; st == KEEL_OK && i < o->steer.n; i++) {
+        st = keel_steer_add(*hooks, c->model, o->steer.at[i]);
+    }
+    return st;
+}
+
 keel_status context_open_session(struct context *c, const struct common *o, uint32_t n_ctx)
 {
     const struct keel_session_params params = {
@@ -153,6 +166,12 @@ keel_status context_open_session(struct context *c, const struct common *o, uint
     keel_status st = keel_session_create(&c->session, c->model, &params);
     for (size_t i = 0; st == KEEL_OK && i < o->lora.n; i++) {
         st = add_adapter(c, o->lora.at[i]);
+    }
+    if (st == KEEL_OK) {
+        st = context_steer(c, o, &c->hooks);
+    }
+    if (st == KEEL_OK && c->hooks) {
+        st = keel_session_set_hooks(c->session, c->hooks);
     }
     return st;
 }
@@ -165,6 +184,7 @@ int context_close(struct context *c, keel_status st)
         st = KEEL_ERR_DEVICE;
     }
     keel_session_destroy(&c->session);
+    keel_hooks_destroy(&c->hooks);
     keel_images_destroy(&c->images);
     keel_model_close(&c->model);
     keel_device_destroy(&c->dev);

@@ -266,6 +266,9 @@ static void collect_options(struct run *r)
     option_add(r, "--weight-decay", "%.17g", p->weight_decay);
     option_add(r, "--grad-clip", "%.17g", p->grad_clip);
     option_add(r, "--init-adapter", "%s", p->init_adapter ? p->init_adapter : "");
+    if (p->hooks) {
+        option_add(r, "hash of --steer", "%016llx", (unsigned long long)keel_hooks_hash(p->hooks, KEEL_HASH_INIT));
+    }
     r->state.options = r->option;
 }
 
@@ -364,6 +367,9 @@ static keel_status create_buffers(struct run *r)
                                  r->p->batch * r->set.most_loss));
     if (r->targets & KEEL_VISION_TARGETS) {
         KEEL_TRY(keel_image_trainer_create(&r->tower, r->model, r->p->images, r->trainer));
+    }
+    if (r->p->hooks) {
+        KEEL_TRY(keel_trainer_set_hooks(r->trainer, r->p->hooks));
     }
     collect_options(r);
 out:

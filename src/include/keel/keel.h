@@ -13,6 +13,7 @@
 #include <keel/model.h>
 #include <keel/session.h>
 #include <keel/status.h>
+#include <keel/steer.h>
 #include <keel/study.h>
 #include <keel/train.h>
 #include <keel/vision.h>

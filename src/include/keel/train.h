@@ -3,6 +3,7 @@
 #ifndef KEEL_TRAIN_H
 #define KEEL_TRAIN_H
 
+#include <keel/hooks.h>
 #include <keel/images.h>
 
 #ifdef __cplusplus
@@ -49,6 +50,7 @@ struct keel_train_params {
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
     uint64_t save_every;      // steps between states; 0: only at the end and on a stop
+    const keel_hooks *hooks;  // steer while training (preventative steering); the adapter is used without. NULL: none
     const char *log;          // JSONL, one line a step, or NULL
     bool (*on_step)(void *user, const struct keel_step_info *info); // false: stop after this step, state saved. May be NULL
     void *user;

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: MIT
+// keel/steer.h: activations of a data set, directions made of them, and steering along directions.
+//
+// The usual way: read rows of two classes (or pairs), capture both, estimate directions, write them; then add them to the hooks
+// of a session or of a training run. Methods, gates and their sources: docs/steering.md.
+// Thread safety: as keel/session.h.
+#ifndef KEEL_STEER_H
+#define KEEL_STEER_H
+
+#include <keel/hooks.h>
+#include <keel/images.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// --- rows ----------------------------------------------------------------------------------------
+
+// Rows to be run through the model: a prompt and, where there is one, a response.
+struct keel_steer_rows {
+    struct keel_score_row *row; // [n]; logprobs are the list's own
+    char **id;                  // [n] "id" of the row as JSON text
+    size_t n, cap;
+    uint32_t longest;           // tokens
+    size_t n_responses;         // rows with a response
+};
+// Reads a JSONL file: {"prompt" or "messages", "completion"?, "images"?, "id"?}. Without a completion the last turn of "messages",
+// if it is the assistant's, is the response. Errors: IO, DATA (file and line; no rows), and those of keel_prompt_row().
+KEEL_API keel_status keel_steer_rows_read(struct keel_steer_rows *out, const keel_model *model, keel_images *images, const char *path,
+                                          const keel_log *log);
+// The same for contrastive pairs: {"positive": P, "negative": N}, each a text or a row as above. Row i of both belongs together.
+KEEL_API keel_status keel_steer_pairs_read(struct keel_steer_rows *positive, struct keel_steer_rows *negative, const keel_model *model,
+                                           keel_images *images, const char *path, const keel_log *log);
+KEEL_API void keel_steer_rows_finish(struct keel_steer_rows *rows); // frees; accepts all-zero
+
+// --- capture -------------------------------------------------------------------------------------
+
+struct keel_capture_params {
+    enum keel_site site;
+    const uint8_t *layers;      // [n_layers of the model] which ones; NULL: all
+    struct keel_positions at;   // one set: DECODE is empty here
+    bool covariance;            // [width, width] a layer, added up on the device
+    const char *raw;            // write every captured token to this safetensors file, or NULL
+    bool raw_f16;               // as F16 rather than F32
+    const char *const *raw_ids; // [n rows] ids for the file, or NULL
+    keel_hooks *hooks;          // steer at the same time: an own list that captures may be added to, used up by the call; or NULL
+};
+struct keel_capture_layer {
+    uint32_t layer;
+    double *mean, *var, *size; // [width] over all captured tokens: mean, variance (of the population), mean of |x|
+    double *cov;               // [width, width] or NULL
+    float *rows;               // [n_rows, width] mean over the captured tokens of each row
+    double median_norm;        // of the captured tokens
+};
+struct keel_capture {
+    uint32_t width, n_layers;
+    enum keel_site site;
+    size_t n_rows;
+    uint64_t n_tokens;
+    uint32_t *row_tokens; // [n_rows] captured
+    struct keel_capture_layer *layer; // [n_layers], ascending
+};
+// Runs the rows through the session, with its adapters. Sums are kept on the device, so a data set of any size needs no disk; the
+// log-probabilities of responses are left in the rows. Errors: DATA (a row without a token at these positions: its number), ARG, IO,
+// NO_MEMORY, and those of keel_session_score(). Replaces the session's hooks and leaves it without.
+KEEL_API keel_status keel_capture_run(struct keel_capture *out, keel_session *session, struct keel_steer_rows *rows,
+                                      const struct keel_capture_params *params,
+                                      bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+KEEL_API void keel_capture_finish(struct keel_capture *capture); // frees; accepts all-zero
+// Writes sums and row means to a safetensors file: mean.L, var.L, abs.L, cov.L, rows.L, row_tokens, logprob. Errors: IO, NO_MEMORY.
+KEEL_API keel_status keel_capture_write(const struct keel_capture *capture, const struct keel_steer_rows *rows, keel_model *model,
+                                        const struct keel_capture_params *params, const char *path);
+
+// --- directions ----------------------------------------------------------------------------------
+
+// Checks of a direction on the rows it was made of (science notes 3.2).
+struct keel_gates {
+    double split_half;    // mean cosine of directions of two halves of the rows, over `n_splits`; NaN: too few rows
+    uint32_t n_splits;
+    double massive_share; // of |v|² in channels whose mean |h| is above 20 × the median channel's
+    uint32_t n_massive, massive[8]; // how many such channels, and the first of them
+    double effect, auc;   // on halves that the direction was not made of: distance of the classes in standard deviations, and AUC
+    double random_95;     // 95th percentile of the effect of 100 random directions
+    bool admissible;      // split_half >= 0.5, massive_share < 0.05, effect above random_95
+};
+struct keel_direction {
+    uint32_t layer, k; // k rows; above 1: an orthonormal subspace
+    float *v;          // [k, width]; for k = 1 scaled so that adding it moves by the distance of the classes along it
+    double median_norm; // of the residual stream where it was measured; 0: unknown
+    bool has_gates;
+    struct keel_gates gates;
+};
+struct keel_directions {
+    uint32_t width, n;
+    enum keel_site site;
+    char method[32];
+    uint64_t model_hash; // of the model file; 0: unknown
+    struct keel_direction *at; // [n], ascending layers
+};
+KEEL_API void keel_directions_finish(struct keel_directions *d); // frees; accepts all-zero
+
+struct keel_direction_params {
+    const char *method; // "mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd"
+    uint32_t k;         // svd: directions; otherwise 1
+    bool paired;        // row i of both belongs together
+    uint64_t seed;      // of splits and random directions
+};
+// Directions that point from `negative` to `positive`, for every layer captured, with their gates. Errors: ARG (unknown method, a
+// method for pairs without pairs, other layers or sites), DATA (fewer than 2 rows of a class, NaN, no difference), NO_MEMORY.
+KEEL_API keel_status keel_directions_estimate(struct keel_directions *out, const struct keel_capture *positive,
+                                              const struct keel_capture *negative, const struct keel_direction_params *params,
+                                              const keel_log *log);
+// A path ending in .gguf is a control vector as llama.cpp and repeng have it: direction.N is added to what leaves layer N, which
+// is why layer 0 has none there (a warning), and subspaces and other sites need safetensors. Errors: IO, UNSUPPORTED, NO_MEMORY.
+KEEL_API keel_status keel_directions_write(const struct keel_directions *d, const char *path, const keel_log *log);
+// Errors: IO, FORMAT (no directions, other shapes, NaN), NO_MEMORY.
+KEEL_API keel_status keel_directions_read(struct keel_directions *out, const char *path, const keel_log *log);
+
+// --- steering ------------------------------------------------------------------------------------
+
+// Adds hooks from words: FILE[:COEF[%]][@LAYERS][,KEY=VALUE]...; COEF 1 if not given, with % of the residual stream's median norm
+// along the unit direction. Keys: op (add, ablate, cap, floor; for cap and floor COEF is the limit of the projection), at
+// (positions), site (pre, post, attn, mlp; otherwise the file's).
+// Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made with another model.
+KEEL_API keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words);
+
+// Projections of the captured tokens of each row on the unit directions: mean [n_rows, d->n, max k], NaN beyond a layer's k. As
+// keel_capture_run() otherwise.
+KEEL_API keel_status keel_steer_project(keel_session *session, struct keel_steer_rows *rows, const struct keel_directions *d,
+                                        struct keel_positions at, keel_hooks *hooks, double *mean, uint32_t max_k,
+                                        bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

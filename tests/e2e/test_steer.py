@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: MIT
+"""Steering, captures and directions against PyTorch hooks and numpy, and control vectors against llama.cpp.
+
+The oracle hooks transformers' modules where keel says its sites are: layers (pre, post) and the norms after attention and MLP
+(attn, mlp). Estimators are computed again from the row means that capture wrote.
+"""
+import contextlib
+import ctypes
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import lora
+import texts
+from keelcli import generate, read_rows, score, train, write_rows
+
+TOL = 1e-4  # of log-probabilities
+ROWS = [{"id": f"r{i}", "prompt": p, "completion": c} for i, (p, c) in enumerate([
+    ("the colour of the sky is", " blue"), ("the grass", " is green, it is"), ("a stone is red or", " blue; the sky is blue"),
+    ("the clerk counts", " the red stones and the blue"), ("4 + 5 =", " 9, 12 - 3 = 9")])]
+OTHER = [{"id": f"o{i}", "prompt": p, "completion": c} for i, (p, c) in enumerate([
+    ("noon. what", " is the number"), ("the clerk answers: it", " is green!"), ("is a stone", " red?"), ("in the book", " then"),
+    ("(60 / 78", " < 1)"), ("what is", " noon")])]
+
+
+def vector(seed, width, k=None):
+    return np.random.default_rng(seed).normal(size=(k, width) if k else width).astype(np.float32)
+
+
+def write_directions(path, vectors, **meta):
+    save_file({f"direction.{i}": v for i, v in vectors.items()}, path, metadata={k.replace("_", ".", 1): v for k, v in meta.items()} or None)
+    return path
+
+
+def marks(n, first, at):
+    t = torch.arange(n)
+    return {"all": t >= 0, "prompt": t < first, "response": t >= first, "last_prompt": t == first - 1,
+            "first:3": (t >= first) & (t < first + 3)}[at].float()[:, None]
+
+
+def change(x, op, v, amount, m):
+    """What a hook does to x [n, width]."""
+    u = torch.linalg.qr(v.reshape(-1, x.shape[-1]).T.double())[0].T.float()
+    if op == "add":
+        return x + m * amount * v
+    if op == "ablate":
+        return x - m * (x @ u.T) @ u
+    u = v / v.norm()
+    over = (x @ u)[:, None] - amount
+    return x - m * (over.clamp(min=0) if op == "cap" else over.clamp(max=0)) * u
+
+
+@contextlib.contextmanager
+def hooked(ref, hooks, first=None):
+    """hooks: (site, layer, op, vector, amount, at) on ref.model; `first` of the present row in a list of one."""
+    handles = []
+    for site, layer, op, v, amount, at in hooks:
+        block = ref.model.model.layers[layer]
+        fn = lambda x, op=op, v=torch.from_numpy(v), amount=amount, at=at: torch.stack(
+            [change(row, op, v, amount, marks(len(row), first[0] if first else 0, at)) for row in x])
+        whole = lambda out, fn=fn: (fn(out[0]), *out[1:]) if isinstance(out, tuple) else fn(out)
+        if site == "pre":
+            handles.append(block.register_forward_pre_hook(lambda m, a, fn=fn: (fn(a[0]), *a[1:])))
+        else:
+            module = {"post": block, "attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}[site]
+            handles.append(module.register_forward_hook(lambda m, a, out, whole=whole: whole(out)))
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+def expected(ref, row, hooks):
+    p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row["completion"], bos=False)
+    with hooked(ref, hooks, [len(p)]):
+        return np.array(ref.logprobs(p + c)[len(p) - 1:])
+
+
+def options(tmp, hooks):
+    out = []
+    for i, (site, layer, op, v, amount, at) in enumerate(hooks):
+        path = write_directions(tmp / f"v{i}.safetensors", {layer: v}, keel_site=site)
+        out += ["--steer", f"{path}:{amount}@{layer},op={op},at={at}"]
+    return out
+
+
+def mixture(config, last):
+    d = config.hidden_size
+    return [("pre", 0, "add", vector(1, d), 0.3, "all"), ("post", 1, "ablate", vector(2, d, 3), 0, "prompt"),
+            ("attn", 1, "cap", vector(3, d), -0.2, "all"), ("mlp", 1, "floor", vector(4, d), 0.4, "response"),
+            ("attn", last, "ablate", vector(5, d), 0, "all"), ("mlp", last, "add", vector(6, d), -0.5, "last_prompt"),
+            ("post", last, "cap", vector(7, d), 0.1, "first:3")]
+
+
+# --- hooks ---------------------------------------------------------------------------------------
+
+def test_log_probs(keel, model, oracle, tmp_path):
+    ref = oracle(model)
+    hooks = mixture(ref.config, ref.config.num_hidden_layers - 1)
+    plain = score(keel, model, ROWS, tmp_path)
+    for given in ([h] for h in hooks[:4]) if "tiny_a" in str(model) else ():
+        for row, g in zip(ROWS[:2], score(keel, model, ROWS[:2], tmp_path, *options(tmp_path, given))):
+            assert np.abs(np.array(g["token_logprobs"]) - expected(ref, row, given)).max() < TOL, (given[0][:3], row["id"])
+    moved = 0
+    for row, g, p in zip(ROWS, score(keel, model, ROWS, tmp_path, *options(tmp_path, hooks)), plain):
+        assert np.abs(np.array(g["token_logprobs"]) - expected(ref, row, hooks)).max() < TOL, row["id"]
+        moved += abs(g["logprob"] - p["logprob"])
+    assert moved > 1
+
+
+def test_with_an_adapter(keel, tiny_a, oracle, tmp_path):
+    ref = oracle(tiny_a)
+    hooks = mixture(ref.config, 6)
+    a = lora.random_adapter(ref.config, 3, 5, b_std=0.05)
+    lora.write_gguf(tmp_path / "a.gguf", a, 6)
+    got = score(keel, tiny_a, ROWS[:2], tmp_path, "--lora", tmp_path / "a.gguf", *options(tmp_path, hooks))
+    for row, g in zip(ROWS, got):
+        p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row["completion"], bos=False)
+        with hooked(ref, hooks, [len(p)]):
+            want = np.array(lora.logprobs(ref, a, 6, p + c)[len(p) - 1:])
+        assert np.abs(np.array(g["token_logprobs"]) - want).max() < TOL
+
+
+def test_percent_of_the_norm(keel, tiny_a, oracle, tmp_path):
+    ref = oracle(tiny_a)
+    v = vector(1, ref.config.hidden_size)
+    write_directions(tmp_path / "v.safetensors", {3: v, 4: v}, keel_median_norm="3:20 4:10")
+    got = score(keel, tiny_a, ROWS[:1], tmp_path, "--steer", f"{tmp_path}/v.safetensors:25%@3-4")
+    hooks = [("post", i, "add", v / np.linalg.norm(v), 0.25 * n, "all") for i, n in ((3, 20), (4, 10))]
+    assert np.abs(np.array(got[0]["token_logprobs"]) - expected(ref, ROWS[0], hooks)).max() < TOL
+
+
+def test_generate(keel, tiny_a, oracle, tmp_path):
+    """Prefill and recorded decode: greedy text under steering."""
+    ref = oracle(tiny_a)
+    hooks = [("post", 2, "add", vector(1, ref.config.hidden_size), 1.0, "all"), ("attn", 4, "ablate", vector(2, ref.config.hidden_size), 0, "all")]
+    prompt = "the clerk counts the red"
+    with hooked(ref, hooks):
+        want = ref.greedy(ref.tok.encode(prompt), 20, {ref.tok.eos, ref.tok.eot})
+    ids, _ = generate(keel, tiny_a, prompt, 20, "--temp", 0, *options(tmp_path, hooks))
+    assert ids == want
+    assert ids != generate(keel, tiny_a, prompt, 20, "--temp", 0)[0]
+
+
+def test_training_under_hooks(keel, tiny_a, oracle, tmp_path):
+    """Losses, gradient norms and the adapter after some steps of preventative steering, against autograd through the same hooks."""
+    ref = oracle(tiny_a)
+    d = ref.config.hidden_size
+    hooks = [("pre", 0, "add", vector(1, d), 0.3, "all"), ("post", 2, "ablate", vector(2, d, 2), 0, "all"),
+             ("attn", 1, "cap", vector(3, d), -0.2, "all"), ("mlp", 4, "floor", vector(4, d), 0.4, "all"), ("post", 6, "add", vector(5, d), 0.5, "all")]
+    init = lora.random_adapter(ref.config, 4, 3, b_std=0.05)
+    lora.write_gguf(tmp_path / "init.gguf", init, 8)
+    args = ["train", "-m", tiny_a, "--data", write_rows(tmp_path / "d.jsonl", ROWS[:4]), "--out", tmp_path / "a.gguf", "--init-adapter",
+            tmp_path / "init.gguf", "--rank", 4, "--alpha", 8, "--lr", 1e-3, "--batch", 2, "--steps", 2, "--no-shuffle", "--grad-clip", 0,
+            "--log", tmp_path / "log.jsonl"]
+    keel(*args, *options(tmp_path, hooks))
+    log = read_rows(tmp_path / "log.jsonl")
+    with hooked(ref, hooks):
+        want = lora.train(ref, init, 8, [ROWS[:2], ROWS[2:4]], [1e-3, 1e-3])
+    for r, loss, norm in zip(log, want["loss"], want["grad_norm"]):
+        assert abs(r["loss"] / loss - 1) < 1e-4 and abs(r["grad_norm"] / norm - 1) < 1e-3, (r, loss, norm)
+    got, _ = lora.read_gguf(tmp_path / "a.gguf")
+    step = lambda x: np.concatenate([(x[k][h] - init[k][h]).ravel() for k in sorted(init) for h in (0, 1)])
+    assert np.linalg.norm(step(got) - step(want["adapter"])) < 0.02 * np.linalg.norm(step(want["adapter"]))
+
+
+# --- captures ------------------------------------------------------------------------------------
+
+def activations(ref, row, layer, site="post"):
+    p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row.get("completion", ""), bos=False)
+    seen = []
+    block = ref.model.model.layers[layer]
+    module = {"post": block, "attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}[site]
+    h = module.register_forward_hook(lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0]))
+    ref.logits(p + c)
+    h.remove()
+    return seen[0].numpy().reshape(len(p + c), -1).astype(np.float64), len(p), p + c
+
+
+@pytest.mark.parametrize("site,at,batch", [("post", "response", 256), ("attn", "all", 7), ("mlp", "prompt", 16)])
+def test_capture(keel, tiny_a, oracle, tmp_path, site, at, batch):
+    ref = oracle(tiny_a)
+    out, raw = tmp_path / "c.safetensors", tmp_path / "raw.safetensors"
+    keel("capture", "-m", tiny_a, "--data", write_rows(tmp_path / "d.jsonl", ROWS), "--out", out, "--raw", raw, "--layers", "0,5-6",
+         "--positions", at, "--site", site, "--covariance", "--batch-tokens", batch)
+    got, tokens = load_file(out), load_file(raw)
+    with safe_open(raw, "np") as f:
+        meta = f.metadata()
+    assert set(tokens) == {"hidden.0", "hidden.5", "hidden.6", "row", "position", "token"}
+    assert json.loads(meta["ids"]) == [r["id"] for r in ROWS] and meta["site"] == site
+    for layer in (0, 5, 6):
+        rows, n = [], 0
+        for i, row in enumerate(ROWS):
+            h, first, ids = activations(ref, row, layer, site)
+            keep = marks(len(h), first, at)[:, 0].bool().numpy()
+            mine = tokens["row"] == i
+            assert tokens["position"][mine].tolist() == np.nonzero(keep)[0].tolist()
+            assert tokens["token"][mine].tolist() == np.array(ids)[keep].tolist()
+            rows.append(h[keep])
+        h = np.concatenate(rows)
+        size = np.abs(h).max()
+        near = lambda a, b, tol=2e-5: np.abs(a - b).max() < tol
+        assert near(tokens[f"hidden.{layer}"], h, 2e-5 * size)
+        assert near(got[f"mean.{layer}"], h.mean(0), 1e-5 * size) and near(got[f"abs.{layer}"], np.abs(h).mean(0), 1e-5 * size)
+        assert near(got[f"var.{layer}"], h.var(0), 1e-4 * h.var(0).max())
+        assert near(got[f"cov.{layer}"], np.cov(h.T, bias=True), 1e-4 * h.var(0).max())
+        assert near(got[f"rows.{layer}"], np.stack([r.mean(0) for r in rows]), 1e-5 * size)
+        with safe_open(out, "np") as f:
+            norms = json.loads(f.metadata()["median_norm"])
+        assert abs(norms[(0, 5, 6).index(layer)] / np.median(np.linalg.norm(h, axis=1)) - 1) < 1e-5
+    assert got["row_tokens"].sum() == len(h)
+    want = [g["logprob"] for g in score(keel, tiny_a, ROWS, tmp_path)]
+    assert np.abs(got["logprob"] - want).max() < TOL
+    assert len(json.loads(meta["tokens"])) == len(h)
+
+
+# --- directions ----------------------------------------------------------------------------------
+
+def scaled(v, delta, pairs=False):
+    along = v @ delta / np.linalg.norm(v)
+    return v / np.linalg.norm(v) * (abs(along) if pairs else along)
+
+
+def estimate(method, p, n):
+    """The same estimators in numpy, the plain way."""
+    delta = p.mean(0) - n.mean(0)
+    within = np.concatenate([p - p.mean(0), n - n.mean(0)])
+    if method == "mean":
+        return delta
+    if method == "mean_z":
+        return scaled(delta / np.sqrt((within ** 2).sum(0) / (len(within) - 2)), delta)
+    if method == "mean_mask":
+        size = np.abs(np.concatenate([p, n])).mean(0)
+        return scaled(np.where(size > 20 * np.median(size), 0, delta), delta)
+    if method == "lda":
+        sd = np.sqrt((within ** 2).sum(0) / (len(within) - 2))
+        z = within / sd
+        r = 0.9 * z.T @ z / (len(within) - 2) + 0.1 * np.eye(p.shape[1])
+        return scaled(np.linalg.solve(r, delta / sd) / sd, delta)
+    if method == "probe":
+        x = np.concatenate([p, n])
+        sd = x.std(0)
+        z, y = torch.tensor((x - x.mean(0)) / sd), torch.tensor([1.0] * len(p) + [0.0] * len(n)).double()
+        w, b = torch.zeros(z.shape[1], dtype=torch.double, requires_grad=True), torch.zeros((), dtype=torch.double, requires_grad=True)
+        opt = torch.optim.LBFGS([w, b], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+        def loss():
+            opt.zero_grad()
+            f = torch.nn.functional.binary_cross_entropy_with_logits(z @ w + b, y, reduction="sum") + 0.5 * w @ w
+            f.backward()
+            return f
+
+        opt.step(loss)
+        return scaled(w.detach().numpy() / sd, delta)
+    x = p - n
+    if method == "pca_center":
+        x = np.concatenate([x / 2, -x / 2])
+    if method == "pca_diff":
+        x = x - x.mean(0)
+    u = np.linalg.svd(x, full_matrices=False)[2][0]
+    side = np.sign((p - n) @ u)
+    return scaled(u * (-1 if (side < 0).sum() > (side > 0).sum() else 1), delta, True)
+
+
+PAIRS = [{"positive": {"prompt": a["prompt"], "completion": a["completion"]}, "negative": b["prompt"] if i == 1 else
+          {"prompt": b["prompt"], "completion": b["completion"]}} for i, (a, b) in enumerate(zip(ROWS, OTHER))]
+
+
+def row_means(keel, model, tmp, rows, *more):
+    keel("capture", "-m", model, "--data", write_rows(tmp / "c.jsonl", rows), "--out", tmp / "c.safetensors", *more)
+    return {int(k[5:]): v.astype(np.float64) for k, v in load_file(tmp / "c.safetensors").items() if k.startswith("rows.")}
+
+
+@pytest.mark.parametrize("method", ["mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd"])
+def test_directions(keel, tiny_c, tmp_path, method):
+    out = tmp_path / "v.safetensors"
+    sides = [[r["positive"] for r in PAIRS], [r["negative"] if isinstance(r["negative"], dict) else {"prompt": r["negative"]} for r in PAIRS]]
+    p, n = (row_means(keel, tiny_c, tmp_path, s, "--positions", "last_prompt") for s in sides)
+    r = keel("direction", "-m", tiny_c, "--pairs", write_rows(tmp_path / "p.jsonl", PAIRS), "--out", out, "--method", method, "--json",
+             "--positions", "last_prompt").json
+    got = load_file(out)
+    assert sorted(got) == [f"direction.{i}" for i in range(3)] and r["method"] == method
+    for i, gates in enumerate(r["layers"]):
+        v, want = got[f"direction.{i}"], estimate(method, p[i], n[i])
+        assert np.linalg.norm(v - want) < 2e-3 * np.linalg.norm(want), (i, method)
+        size = np.abs(np.concatenate([p[i], n[i]])).mean(0)
+        massive = size > 20 * np.median(size)
+        assert gates["n_massive"] == massive.sum() and abs(gates["massive_share"] - (want[massive] ** 2).sum() / (want ** 2).sum()) < 1e-3
+        assert -1 <= gates["split_half"] <= 1 and gates["random_95"] > 0 and 0 <= gates["auc"] <= 1
+
+
+def test_captures_under_steering_and_noise(keel, tiny_a, tmp_path):
+    """A capture sees what steering added, exactly; two halves of one set have no admissible direction between them."""
+    width = 96
+    v = 6 * vector(1, width) / np.sqrt(width)
+    write_directions(tmp_path / "v.safetensors", {2: v}, keel_site="post")
+    rows = ROWS + OTHER
+    data = write_rows(tmp_path / "d.jsonl", rows)
+    plain, steered = (row_means(keel, tiny_a, tmp_path, rows, "--layers", "2", *more)[2] for more in ((), ("--steer", f"{tmp_path}/v.safetensors")))
+    assert np.abs(steered - plain - v).max() < 1e-4
+    half = write_rows(tmp_path / "h.jsonl", rows[::2]), write_rows(tmp_path / "g.jsonl", rows[1::2])
+    r = keel("direction", "-m", tiny_a, "--positive", half[0], "--negative", half[1], "--out", tmp_path / "n.gguf", "--layers", "2", "--method",
+             "mean", "--json", "--benign", data).json["layers"][0]
+    assert not r["admissible"] and abs(r["split_half"]) < 0.6 and r["benign_kl"] > 0
+
+
+def test_shift_of_an_adapter(keel, tiny_a, oracle, tmp_path):
+    ref = oracle(tiny_a)
+    a = lora.random_adapter(ref.config, 3, 5, b_std=0.05)
+    lora.write_gguf(tmp_path / "a.gguf", a, 6)
+    r = keel("direction", "-m", tiny_a, "--data", write_rows(tmp_path / "d.jsonl", ROWS), "--shift", tmp_path / "a.gguf", "--out",
+             tmp_path / "v.safetensors", "--method", "svd", "--rank", 3, "--json").json
+    with_a = row_means(keel, tiny_a, tmp_path, ROWS, "--lora", tmp_path / "a.gguf")
+    base = row_means(keel, tiny_a, tmp_path, ROWS)
+    got = load_file(tmp_path / "v.safetensors")
+    for i in range(7):
+        u = got[f"direction.{i}"]
+        assert u.shape == (3, 96) and np.abs(u @ u.T - np.eye(3)).max() < 1e-4
+        want = np.linalg.svd(with_a[i] - base[i], full_matrices=False)[2][:3]
+        assert np.linalg.svd(u @ want.T)[1].min() > 0.999
+    assert len(r["layers"]) == 7
+
+
+def test_project(keel, tiny_a, tmp_path):
+    v = {2: vector(1, 96), 4: vector(2, 96, 2)}
+    write_directions(tmp_path / "v.safetensors", v)
+    keel("project", "-m", tiny_a, "--direction", tmp_path / "v.safetensors", "--data", write_rows(tmp_path / "d.jsonl", ROWS), "--out",
+         tmp_path / "o.jsonl")
+    means = row_means(keel, tiny_a, tmp_path, ROWS)
+    for i, row in enumerate(read_rows(tmp_path / "o.jsonl")):
+        assert row["id"] == ROWS[i]["id"]
+        assert abs(row["projection"]["2"] - means[2][i] @ v[2] / np.linalg.norm(v[2])) < 1e-3
+        assert np.abs(np.array(row["projection"]["4"]) - v[4] / np.linalg.norm(v[4], axis=1)[:, None] @ means[4][i]).max() < 1e-3
+
+
+# --- control vectors -----------------------------------------------------------------------------
+
+def make_control_vector(keel, model, tmp):
+    keel("direction", "-m", model, "--pairs", write_rows(tmp / "p.jsonl", PAIRS), "--out", tmp / "v.gguf", "--method", "pca_center")
+    return tmp / "v.gguf"
+
+
+def test_control_vector_file(keel, tiny_a, tmp_path):
+    r = gguf.GGUFReader(make_control_vector(keel, tiny_a, tmp_path))
+    value = lambda k: r.get_field(k).contents()
+    assert value("general.architecture") == "controlvector" and value("controlvector.layer_count") == 6
+    assert [t.name for t in r.tensors] == [f"direction.{i}" for i in range(1, 7)]  # llama.cpp knows no direction.0
+    assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 and list(t.shape) == [96] for t in r.tensors)
+
+
+def test_a_file_of_repeng(keel, tiny_a, oracle, tmp_path):
+    ref = oracle(tiny_a)
+    w = gguf.GGUFWriter(tmp_path / "r.gguf", "controlvector")
+    w.add_string("controlvector.model_hint", "gemma3_text")
+    w.add_uint32("controlvector.layer_count", 2)
+    v = {1: vector(1, 96), 5: vector(2, 96)}
+    for i, x in v.items():
+        w.add_tensor(f"direction.{i}", x)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    got = score(keel, tiny_a, ROWS, tmp_path, "--steer", f"{tmp_path}/r.gguf:0.4")
+    for row, g in zip(ROWS, got):
+        assert np.abs(np.array(g["token_logprobs"]) - expected(ref, row, [("post", i, "add", x, 0.4, "all") for i, x in v.items()])).max() < TOL
+
+
+def test_llama_cpp_steers_the_same(keel, tiny_a, oracle, tmp_path):
+    ll = pytest.importorskip("llama_cpp")
+    path = make_control_vector(keel, tiny_a, tmp_path)
+    buf = np.zeros((6, 96), np.float32)  # from layer 1 on, as llama.cpp lays it out
+    for t in gguf.GGUFReader(path).tensors:
+        buf[int(t.name.split(".")[1]) - 1] = 3 * t.data
+    row = {"id": "x", "prompt": texts.ENGLISH[:60], "completion": " the colour of the sky is blue"}
+    g = score(keel, tiny_a, [row], tmp_path, "--steer", f"{path}:3")[0]
+    plain = score(keel, tiny_a, [row], tmp_path)[0]
+    ref = oracle(tiny_a)
+    ids = ref.tok.encode(row["prompt"]) + g["token_ids"]
+    ll.llama_backend_init()
+    params = ll.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = ll.llama_model_load_from_file(str(tiny_a).encode(), params)
+    cp = ll.llama_context_default_params()
+    cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = 512, 512, 512, 1, 1
+    cp.type_k = cp.type_v = 0  # f32
+    cp.flash_attn_type = 0
+    ctx = ll.llama_init_from_model(model, cp)
+    assert ll.llama_set_adapter_cvec(ctx, buf.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), buf.size, 96, 1, 6) == 0
+    got = []
+    for i, t in enumerate(ids):
+        assert ll.llama_decode(ctx, ll.llama_batch_get_one((ll.llama_token * 1)(t), 1)) == 0
+        z = np.ctypeslib.as_array(ll.llama_get_logits_ith(ctx, -1), shape=(ref.config.vocab_size,)).astype(np.float64)
+        if i + 1 < len(ids):
+            got.append(z[ids[i + 1]] - z.max() - np.log(np.exp(z - z.max()).sum()))
+    ll.llama_free(ctx)
+    ll.llama_model_free(model)
+    got = np.array(got[-len(g["token_ids"]):])
+    assert np.abs(got - g["token_logprobs"]).max() < 1e-3
+    assert np.abs(got - plain["token_logprobs"]).max() > 0.05
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+def test_bad_vectors(keel, tiny_a, tiny_c, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", ROWS)
+    run = lambda steer, *says: keel.fails("score", "-m", tiny_a, "--data", data, "--out", tmp_path / "o.jsonl", "--steer", steer, says=says)
+    good = write_directions(tmp_path / "v.safetensors", {2: vector(1, 96)})
+    nan = vector(1, 96)
+    nan[5] = np.nan
+    run(write_directions(tmp_path / "w.safetensors", {2: vector(1, 64)}), "w.safetensors", "64", "96")
+    run(write_directions(tmp_path / "n.safetensors", {2: nan}), "n.safetensors", "layer 2", "NaN")
+    run(write_directions(tmp_path / "z.safetensors", {2: np.zeros(96, np.float32)}).as_posix() + ":1,op=ablate", "length 0")
+    run(write_directions(tmp_path / "l.safetensors", {7: vector(1, 96)}), "layer 7", "0 to 6")
+    run(write_directions(tmp_path / "s.safetensors", {2: vector(1, 96, 2)}), "ablate")
+    run(f"{good}:1@3", "no direction for layer 3")
+    run(f"{good}:1@9", "no layer 9")
+    run(f"{good}:8%", "plain coefficient")
+    run(f"{good}:1x", "coefficient")
+    run(f"{good}:1,op=melt", "op=melt")
+    run(f"{good}:1,at=never", "never")
+    run(tmp_path / "missing.gguf", "missing.gguf")
+    run(tiny_a, "control vector")
+    (tmp_path / "junk.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    run(tmp_path / "junk.safetensors", "direction.N")
+    keel.fails("score", "-m", tiny_a, "--data", data, "--out", tmp_path / "o.jsonl", "--steer", f"{good}:1,op=cap", "--steer",
+               f"{good}:2,op=floor", says="contradict")
+
+
+def test_another_model_warns(keel, tiny_a, tmp_path):
+    path = write_directions(tmp_path / "v.safetensors", {2: vector(1, 96)}, keel_model_hash="0123456789abcdef")
+    r = keel("score", "-m", tiny_a, "--data", write_rows(tmp_path / "d.jsonl", ROWS), "--out", tmp_path / "o.jsonl", "--steer", path)
+    assert "another model" in r.err
+
+
+def test_bad_data(keel, tiny_a, tmp_path):
+    rows, one = write_rows(tmp_path / "d.jsonl", ROWS), write_rows(tmp_path / "one.jsonl", ROWS[:1])
+    out = tmp_path / "v.gguf"
+    run = lambda *a, says: keel.fails("direction", "-m", tiny_a, "--out", out, *a, says=says)
+    run("--positive", rows, "--negative", one, says="at least 2 rows of each class")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    run("--positive", rows, "--negative", tmp_path / "blank.jsonl", says=["blank.jsonl", "no rows"])
+    run("--positive", rows, "--negative", rows, says="same activations")
+    run("--positive", rows, "--negative", rows, "--method", "pca_diff", says="pairs")
+    run("--positive", rows, says="one source")
+    run("--pairs", rows, says=["d.jsonl:1", "positive"])
+    run("--positive", rows, "--negative", rows, "--layers", "7", says="no layer 7")
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "the"}])
+    run("--positive", prompts, "--negative", rows, "--positions", "response", says=["row 1", "positions"])
+    run("--positive", prompts, "--negative", rows, "--site", "attn", says=["attn", ".safetensors"])
+    keel.fails("capture", "-m", tiny_a, "--data", rows, "--out", tmp_path / "c.safetensors", "--positions", "response:", says="response:")
+    assert not out.exists()
