@@ -170,10 +170,26 @@ const char *keel_images_retake(keel_images *s, const float *embeds)
     return NULL;
 }
 
-keel_status keel_images_add_adapter(keel_images *s, keel_model *model, keel_device *dev, const char *path, float scale)
+static void all_due(keel_images *s)
 {
     for (size_t i = 0; i < s->n; i++) {
         s->at[i].done = false;
     }
-    return keel_vision_add_adapter(s->vision, model, dev, path, scale);
+}
+
+keel_status keel_images_add_adapter(keel_images *s, keel_model *model, keel_device *dev, const char *path, float scale)
+{
+    bool changed = false;
+    const keel_status st = keel_vision_add_adapter(s->vision, model, dev, path, scale, &changed);
+    if (changed) {
+        all_due(s);
+    }
+    return st;
+}
+
+void keel_images_clear_adapters(keel_images *s)
+{
+    if (keel_vision_clear_adapters(s->vision)) {
+        all_due(s);
+    }
 }

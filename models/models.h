@@ -71,8 +71,11 @@ void keel_model_use_vision(keel_model *model, keel_vision *vision);
 // use again after its parameters changed: cached tokens are found by them. `dev`: where they are. Errors: ARG (above 8), NO_MEMORY.
 keel_status keel_vision_use_adapter(keel_vision *vision, keel_device *dev, const keel_adapter *adapter);
 void keel_vision_drop_adapter(keel_vision *vision, const keel_adapter *adapter);
-// Loads the vision pairs of a file, if it has any, and puts them in force until the tower is closed. `dev` must outlive that.
-keel_status keel_vision_add_adapter(keel_vision *vision, keel_model *model, keel_device *dev, const char *path, float scale);
+// Loads the vision pairs of a file, if it has any (*changed), and puts them in force until they are cleared or the tower is closed.
+// `dev` must outlive that.
+keel_status keel_vision_add_adapter(keel_vision *vision, keel_model *model, keel_device *dev, const char *path, float scale,
+                                    bool *changed);
+bool keel_vision_clear_adapters(keel_vision *vision); // whether there were any
 
 // --- data rows (rows.c) --------------------------------------------------------------------------
 

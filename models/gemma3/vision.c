@@ -88,9 +88,7 @@ void keel_vision_close(keel_vision **vision)
         return;
     }
     keel_vision_unload(v);
-    for (uint32_t i = 0; i < v->n_owned; i++) {
-        keel_adapter_destroy(&v->owned[i]);
-    }
+    keel_vision_clear_adapters(v);
     keel_siglip_finish(&v->src);
     keel_gguf_destroy(&v->gguf);
     keel_map_close(&v->map);
@@ -346,11 +344,23 @@ void keel_vision_drop_adapter(keel_vision *v, const keel_adapter *adapter)
     v->n_adapters = n;
 }
 
-keel_status keel_vision_add_adapter(keel_vision *v, keel_model *model, keel_device *dev, const char *path, float scale)
+bool keel_vision_clear_adapters(keel_vision *v)
+{
+    const bool any = v->n_owned > 0;
+    for (uint32_t i = 0; i < v->n_owned; i++) {
+        keel_vision_drop_adapter(v, v->owned[i]);
+        keel_adapter_destroy(&v->owned[i]);
+    }
+    v->n_owned = 0;
+    return any;
+}
+
+keel_status keel_vision_add_adapter(keel_vision *v, keel_model *model, keel_device *dev, const char *path, float scale, bool *changed)
 {
     keel_status st = KEEL_OK;
     keel_adapter *a = NULL;
     struct keel_vision *before = model->vision;
+    *changed = false;
     keel_model_use_vision(model, v); // so that the file's tensors of the tower are checked and kept
     KEEL_TRY(keel_adapter_load_vision(&a, model, dev, path, scale));
     if (!has_vision_pairs(a)) {
@@ -359,6 +369,7 @@ keel_status keel_vision_add_adapter(keel_vision *v, keel_model *model, keel_devi
     KEEL_TRY(keel_vision_use_adapter(v, dev, a));
     v->owned[v->n_owned++] = a;
     a = NULL;
+    *changed = true;
 out:
     keel_adapter_destroy(&a);
     model->vision = before;

@@ -115,6 +115,23 @@ out:
     return st;
 }
 
+// Soft tokens under what `adapter` changes in the vision tower; NULL: under the tower as it is. Most adapters change nothing there,
+// then nothing happens.
+static keel_status images_under(struct study *s, const char *adapter)
+{
+    keel_status st = KEEL_OK;
+    if (s->images) {
+        keel_images_clear_adapters(s->images);
+        if (adapter) {
+            KEEL_TRY(keel_images_add_adapter(s->images, s->model, s->dev, adapter, 1.0f));
+        }
+        s->stage = "images";
+        KEEL_TRY(keel_images_encode(s->images, s->dev, report_progress, s));
+    }
+out:
+    return st;
+}
+
 static keel_status answers(const struct evaluation *e, bool base)
 {
     keel_status st = KEEL_OK;
@@ -135,6 +152,8 @@ static keel_status answers(const struct evaluation *e, bool base)
     if (examples > 0 && missing(e, to, "relevance.jsonl", "relevance")) {
         record_path(from, e, "answers.jsonl");
         keel_session_clear_adapters(e->m.session); // the base judges the answers of both
+        KEEL_TRY(images_under(e->s, NULL));
+        e->s->stage = "relevance";
         KEEL_TRY(keel_measure_relevance(&e->m, from, prompts, to, examples, f->seed));
     }
 out:
@@ -156,6 +175,7 @@ static keel_status evaluate(struct study *s, struct study_folder *folder, const 
     if (adapter) {
         KEEL_TRY(keel_session_add_adapter(session, adapter, 1.0f));
     }
+    KEEL_TRY(images_under(s, adapter));
     const struct evaluation e = { s, folder, stage, { session, s->model, s->images, s->file->eval.chat, report_progress, s, s->log } };
     KEEL_TRY(probes(&e));
     KEEL_TRY(slots(&e));
@@ -304,6 +324,9 @@ static keel_status open_all(struct study *s)
     }
     choose_path(s, s->model_path, s->p->model, s->file->model);
     choose_path(s, s->mmproj_path, s->p->mmproj, s->file->mmproj);
+    if (!s->mmproj_path[0] && strstr(s->file->train.targets, "vision.")) {
+        KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: targets of the vision tower, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
+    }
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
     if (s->mmproj_path[0]) {

@@ -251,7 +251,9 @@ static bool in_list(const char *word, size_t len, const char *const *list, size_
 static keel_status check_names(const struct source *src, const struct study_train *t)
 {
     static const char *const schedules[] = { "constant", "linear", "cosine" };
-    static const char *const targets[] = { "all", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down" };
+    static const char *const targets[] = { "all", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
+                                           "vision.*", "vision.attn_q", "vision.attn_k", "vision.attn_v", "vision.attn_out",
+                                           "vision.ffn_up", "vision.ffn_down", "vision.proj" };
     if (!in_list(t->schedule, strlen(t->schedule), schedules, KEEL_COUNT(schedules))) {
         return complain(src, "train", "schedule", "must be constant, linear or cosine");
     }
@@ -260,7 +262,7 @@ static keel_status check_names(const struct source *src, const struct study_trai
         if (!in_list(s, len, targets, KEEL_COUNT(targets))) {
             return complain(src, "train", "targets",
                             "must be all, or names separated by commas without spaces: attn_q, attn_k, attn_v, attn_output, ffn_gate, "
-                            "ffn_up, ffn_down");
+                            "ffn_up, ffn_down, and vision.* or vision.NAME for the tower");
         }
         s += len;
         if (*s == 0) {

@@ -60,6 +60,7 @@ KEEL_API keel_status keel_images_scan(keel_images *images, const char *jsonl, co
 // Parts for the language model do not matter here (keel_session_add_adapter()). `dev` must outlive `images`. Errors: as
 // keel_session_add_adapter().
 KEEL_API keel_status keel_images_add_adapter(keel_images *images, keel_model *model, keel_device *dev, const char *path, float scale);
+KEEL_API void keel_images_clear_adapters(keel_images *images); // the tower is the file's again
 // Encodes what was added and is not encoded yet, then releases the tower's device memory. `progress`, unless NULL, is told images
 // done and in total; returning false stops with INTERRUPTED. Errors: as keel_vision_encode(), at the first file that cannot be
 // read; it is passed over from then on, until it is added again.
