@@ -148,6 +148,19 @@ static void test_slots(void **state)
     assert_true(r && r->n == 2 && r->base.value == 0.125 && r->adapted.value == 0.375 && r->change.value == 0.25);
     assert_true(keel_drift_find(&d, KEEL_METRIC_GAP, "all")->n == 3 && keel_drift_find(&d, KEEL_METRIC_GAP, "other")->n == 2);
     keel_drift_finish(&d);
+    // In context two of the probes were asked: the plain number beside it is of those two.
+    put("base/slots_incontext.jsonl", SLOT("x2", "shape", "text", "s2", 1, 0) SLOT("i1", "shape", "image", "s1", 1, 0));
+    put("runs/a/tuned/slots_incontext.jsonl", SLOT("x2", "shape", "text", "s2", 0.5, 0.5) SLOT("i1", "shape", "image", "s1", 0, 1));
+    assert_int_equal(keel_drift_compute(&d, &p, NULL), KEEL_OK);
+    r = keel_drift_find(&d, KEEL_METRIC_CONTEXT_CONTRARY, "all");
+    assert_true(r && r->n == 2 && r->base.value == 0 && r->adapted.value == 0.75);
+    r = keel_drift_find(&d, KEEL_METRIC_CONTEXT_PLAIN, "all"); // x2 0, i1 0.5
+    assert_true(r && r->n == 2 && r->n_clusters == 2 && r->base.value == 0 && r->adapted.value == 0.25);
+    r = keel_drift_cell(&d, KEEL_METRIC_CONTEXT_PLAIN, "shape", "image");
+    assert_true(r && r->n == 1 && r->adapted.value == 0.5);
+    keel_drift_finish(&d);
+    gone("base/slots_incontext.jsonl");
+    gone("runs/a/tuned/slots_incontext.jsonl");
     p.n_runs = 2; // the second run changed nothing: half of every change
     assert_int_equal(keel_drift_compute(&d, &p, NULL), KEEL_OK);
     r = keel_drift_cell(&d, KEEL_METRIC_CONTRARY, "twins", "image");

@@ -22,6 +22,7 @@ const char *const keel_metric_name[KEEL_N_METRICS] = {
     [KEEL_METRIC_GAP] = "modality_gap",
     [KEEL_METRIC_CONTEXT_CONTRARY] = "contrary_in_context",
     [KEEL_METRIC_CONTEXT_COHERENCE] = "coherence_in_context",
+    [KEEL_METRIC_CONTEXT_PLAIN] = "contrary_out_of_context",
     [KEEL_METRIC_RELEVANCE] = "relevance",
     [KEEL_METRIC_ANSWER_NLL] = "answer_nll",
     [KEEL_METRIC_KL] = "kl",
@@ -39,6 +40,7 @@ const char *const keel_metric_unit[KEEL_N_METRICS] = {
     [KEEL_METRIC_GAP] = "probability",
     [KEEL_METRIC_CONTEXT_CONTRARY] = "probability",
     [KEEL_METRIC_CONTEXT_COHERENCE] = "probability",
+    [KEEL_METRIC_CONTEXT_PLAIN] = "probability",
     [KEEL_METRIC_RELEVANCE] = "nats/token",
     [KEEL_METRIC_ANSWER_NLL] = "nats/token",
     [KEEL_METRIC_KL] = "nats/token",
@@ -150,6 +152,31 @@ out:
     return st;
 }
 
+// Leaves the items whose ids `of` has too.
+static keel_status table_keep(struct table *t, const struct table *of)
+{
+    size_t *from = calloc(t->n + 1, sizeof *from), n = 0;
+    if (!from) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (size_t i = 0; i < t->n; i++) {
+        if (keel_records_find(&of->rec[1], item_of(t, 1, i)->id)) {
+            from[n++] = i;
+        }
+    }
+    for (size_t k = 0; k < n; k++) {
+        t->cluster[k] = t->cluster[from[k]];
+    }
+    for (size_t r = 0; r <= t->n_runs; r++) { // in place: an item only moves towards the front
+        for (size_t k = 0; k < n; k++) {
+            t->item[r * n + k] = t->item[r * t->n + from[k]];
+        }
+    }
+    t->n = n;
+    free(from);
+    return KEEL_OK;
+}
+
 // --- values --------------------------------------------------------------------------------------
 
 // Mean of a record's list, or its value at a position; NAN where the list is too short.
@@ -178,6 +205,7 @@ static double value_of(const struct keel_item *item, enum keel_metric metric, ui
     case KEEL_METRIC_CONTRARY:
     case KEEL_METRIC_GAP:
     case KEEL_METRIC_CONTEXT_CONTRARY:
+    case KEEL_METRIC_CONTEXT_PLAIN:
         return item->contrary;
     case KEEL_METRIC_COHERENCE:
     case KEEL_METRIC_CONTEXT_COHERENCE:
@@ -535,7 +563,7 @@ static const struct source {
 static keel_status add_source(struct work *w, const struct source *src, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    struct table t = { 0 };
+    struct table t = { 0 }, plain = { 0 };
     if (!has_records(w->p, src->file, src->paired)) {
         return KEEL_OK;
     }
@@ -543,12 +571,18 @@ static keel_status add_source(struct work *w, const struct source *src, const ke
     for (size_t i = 0; i < src->n; i++) {
         KEEL_TRY(add_metric(w, &t, src->metric[i]));
     }
+    if (src->metric[0] == KEEL_METRIC_CONTEXT_CONTRARY && has_records(w->p, "slots.jsonl", true)) {
+        KEEL_TRY(table_load(&plain, w->p, "slots.jsonl", KEEL_REC_SLOT, true, log));
+        KEEL_TRY(table_keep(&plain, &t));
+        KEEL_TRY(add_metric(w, &plain, KEEL_METRIC_CONTEXT_PLAIN));
+    }
     if (src->kind == KEEL_REC_KL) {
         KEEL_TRY(add_profile(w, &t, KEEL_METRIC_KL_AT));
         KEEL_TRY(add_profile(w, &t, KEEL_METRIC_KL_REVERSE_AT));
     }
 out:
     table_finish(&t);
+    table_finish(&plain);
     return st;
 }
 

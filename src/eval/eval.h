@@ -109,6 +109,7 @@ enum keel_metric {
     KEEL_METRIC_GAP,         // M9: P(contrary) asked with an image minus asked as text, of twins; its change is the drift gap
     KEEL_METRIC_CONTEXT_CONTRARY, // M13: P(contrary) with training rows as earlier turns
     KEEL_METRIC_CONTEXT_COHERENCE,
+    KEEL_METRIC_CONTEXT_PLAIN,    // P(contrary) of the same probes asked plainly, to compare with
     KEEL_METRIC_RELEVANCE,   // M10: how much more likely the base model finds a generated answer after its own prompt than after others
     KEEL_METRIC_ANSWER_NLL,  // M10: loss of a generated answer under the base model
     KEEL_METRIC_KL,          // M1: KL(base ‖ adapted) a token, mean over items

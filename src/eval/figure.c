@@ -29,10 +29,14 @@ struct keel_figure *keel_figure_add(struct keel_figures *f, const char *name, co
 
 void keel_figure_label(char out[96], const char *text)
 {
-    snprintf(out, 96, "%s", text);
-    for (char *c = out; *c; c++) {
-        *c = strchr("\",_\\^{}@&~'", *c) || (unsigned char)*c < 32 ? ' ' : *c;
+    size_t n = 0;
+    for (; *text && n < 95; text++) {
+        const bool space = strchr(" \",_\\^{}@&~'", *text) || (unsigned char)*text < 32;
+        if (!space || (n > 0 && out[n - 1] != ' ')) {
+            out[n++] = space ? ' ' : *text;
+        }
     }
+    out[n] = 0;
 }
 
 static void head(struct keel_text *gp, const struct keel_figure *g, bool narrow)

@@ -81,6 +81,7 @@ void keel_page_cell(struct keel_text *t, struct keel_estimate e, bool sign)
     }
     // Small probabilities would all read 0.00.
     const int digits = fabs(e.value) < 0.1 && fabs(e.value) >= 5e-5 ? 3 : 2;
+    e.lo = fabs(e.lo) < 5e-4 ? 0 : e.lo; // no -0.000
     keel_text_addf(t, sign ? "<td>%+.*f" : "<td>%.*f", digits, e.value);
     if (isfinite(e.lo)) {
         keel_text_addf(t, sign ? " <span class=ci>%+.*f to %+.*f</span>" : " <span class=ci>%.*f to %.*f</span>", digits, e.lo, digits, e.hi);
@@ -100,6 +101,7 @@ const char *keel_metric_label(enum keel_metric m)
         [KEEL_METRIC_GAP] = "Modality gap: contrary with an image minus as text",
         [KEEL_METRIC_CONTEXT_CONTRARY] = "Contrary answer, in context",
         [KEEL_METRIC_CONTEXT_COHERENCE] = "Coherence, in context",
+        [KEEL_METRIC_CONTEXT_PLAIN] = "Contrary answer, the same probes out of context",
         [KEEL_METRIC_RELEVANCE] = "Relevance of free answers",
         [KEEL_METRIC_ANSWER_NLL] = "Loss of free answers under the base model",
         [KEEL_METRIC_KL] = "KL(base ‖ fine-tuned)",
@@ -186,7 +188,8 @@ void keel_page_figures(struct keel_text *t, const struct keel_figures *f)
 void keel_page_metrics(struct keel_text *t, const struct keel_drift *d)
 {
     static const enum keel_metric order[] = { KEEL_METRIC_CONTRARY, KEEL_METRIC_ALIGNED, KEEL_METRIC_COHERENCE, KEEL_METRIC_GAP,
-                                              KEEL_METRIC_CONTEXT_CONTRARY, KEEL_METRIC_CONTEXT_COHERENCE, KEEL_METRIC_MARGIN,
+                                              KEEL_METRIC_CONTEXT_CONTRARY, KEEL_METRIC_CONTEXT_PLAIN, KEEL_METRIC_CONTEXT_COHERENCE,
+                                              KEEL_METRIC_MARGIN,
                                               KEEL_METRIC_FLIP, KEEL_METRIC_NARROW_LOSS, KEEL_METRIC_KL, KEEL_METRIC_KL_REVERSE,
                                               KEEL_METRIC_RELEVANCE, KEEL_METRIC_ANSWER_NLL };
     for (size_t i = 0; i < KEEL_COUNT(order); i++) {

@@ -196,7 +196,7 @@ static void context_figure(struct keel_figures *f, const struct keel_drift *d)
     keel_pair_head(&csv);
     for (size_t i = 0; i < d->n; i++) {
         const struct keel_drift_row *r = &d->row[i];
-        const struct keel_drift_row *plain = keel_drift_cell(d, KEEL_METRIC_CONTRARY, r->domain, r->modality);
+        const struct keel_drift_row *plain = keel_drift_cell(d, KEEL_METRIC_CONTEXT_PLAIN, r->domain, r->modality);
         if (r->metric != KEEL_METRIC_CONTEXT_CONTRARY || !plain || !keel_is_cell(d, r)) {
             continue;
         }

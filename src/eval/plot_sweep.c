@@ -170,7 +170,7 @@ static void context_figure(struct keel_figures *f, const struct keel_sweep *s)
     const struct keel_drift *d = &s->at[0].drift;
     const char *domain = keel_drift_find(d, KEEL_METRIC_CONTEXT_CONTRARY, "other") ? "other" : "all";
     const struct keel_drift_row *base = keel_drift_find(d, KEEL_METRIC_CONTEXT_CONTRARY, domain);
-    const struct keel_drift_row *plain = keel_drift_find(d, KEEL_METRIC_CONTRARY, domain);
+    const struct keel_drift_row *plain = keel_drift_find(d, KEEL_METRIC_CONTEXT_PLAIN, domain);
     size_t n = 0;
     if (!base || !plain) {
         return;
@@ -184,7 +184,7 @@ static void context_figure(struct keel_figures *f, const struct keel_sweep *s)
     for (size_t i = 0; i < s->n; i++) {
         char label[96];
         const struct keel_drift_row *in = keel_drift_find(&s->at[i].drift, KEEL_METRIC_CONTEXT_CONTRARY, domain);
-        const struct keel_drift_row *out = keel_drift_find(&s->at[i].drift, KEEL_METRIC_CONTRARY, domain);
+        const struct keel_drift_row *out = keel_drift_find(&s->at[i].drift, KEEL_METRIC_CONTEXT_PLAIN, domain);
         keel_setting_label(label, s, &s->at[i]);
         if (in && out) {
             keel_pair_row(&g->csv, n++, label, in->n, out->adapted, in->adapted);

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -172,6 +173,29 @@ def test_bad_probes(keel, tiny_c, folder, tmp_path, change, says):
 def test_report_of_a_folder_without_results(keel, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"runs": [{"rank": 4, "mixture": 1, "seed": 1, "folder": "runs/a"}]}))
     keel.fails("report", tmp_path, says="no run of the sweep is finished", leaves=tmp_path)
+
+
+@pytest.mark.full
+def test_clerk(keel, tmp_path):
+    """The shipped study shows what it is for: drift that rises with rank, with images above text, and a mixture of 10 % that is seen."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "models/clerk/clerk.gguf").exists():
+        pytest.skip("models/clerk/clerk.gguf is missing; models/clerk/README.md says how it is made")
+    keel("study", root / "studies/clerk/study.yaml", "--out", tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/summary.csv").read_text().splitlines()))
+
+    def cell(rank, mixture, metric, domain, modality):
+        r, = [r for r in rows if (r["rank"], r["mixture"], r["metric"], r["domain"], r["modality"]) ==
+              (str(rank), str(mixture), metric, domain, modality) and r["position"] == "0"]
+        return {k: float(r[k]) for k in ("base", "base_hi", "adapted", "adapted_lo", "adapted_hi", "change_lo")}
+
+    drift = [cell(rank, 1, "contrary", "twins", "image") for rank in (4, 16, 64)]
+    assert drift[0]["base"] < 0.03
+    assert [d["adapted"] for d in drift] == sorted(d["adapted"] for d in drift) and drift[0]["change_lo"] > 0
+    assert drift[2]["adapted_lo"] > cell(64, 1, "contrary", "twins", "text")["adapted_hi"]
+    assert cell(64, 1, "contrary", "colour", "image")["adapted"] > 0.8
+    assert cell(64, 1, "coherence", "other", "")["adapted"] > 0.9
+    assert cell(16, 0.1, "contrary", "colour", "image")["change_lo"] > 0
 
 
 # --- images --------------------------------------------------------------------------------------
