@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // steer/estimate.c: directions from rows of two classes.
-// Sources: difference of means: Arditi et al. 2024, Turner et al. 2025; pca_diff and pca_center as repeng computes them (Zou et al.
+// Sources: difference of means: Arditi et al. 2024, arXiv 2506.11618; pca_diff and pca_center as repeng computes them (Zou et al.
 // 2023): leading principal component of centred differences, sign by majority of pairs; LDA: Fisher 1936 with the correlation
 // matrix shrunk to the identity; probe: ridge logistic regression by Newton's method in the dual.
 #include "steer.h"

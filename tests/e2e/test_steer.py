@@ -339,6 +339,46 @@ def test_project(keel, tiny_a, tmp_path):
         assert np.abs(np.array(row["projection"]["4"]) - v[4] / np.linalg.norm(v[4], axis=1)[:, None] @ means[4][i]).max() < 1e-3
 
 
+# --- geometry ------------------------------------------------------------------------------------
+
+def test_geometry_of_an_adapter(keel, tiny_a, oracle, tmp_path):
+    """Norms of ΔW without forming it, and the dimensions of the shift that it causes, against plain SVDs."""
+    ref = oracle(tiny_a)
+    a = lora.random_adapter(ref.config, 3, 5, b_std=0.05)
+    lora.write_gguf(tmp_path / "a.gguf", a, 6)
+    got = keel("geometry", "-m", tiny_a, "--adapter", f"{tmp_path}/a.gguf:0.5", "--json").json["layers"]
+    assert len(got) == len(a) == 7 * 7
+    for g in got:
+        pa, pb = a[g["layer"], g["module"]]
+        s = np.linalg.svd(0.5 * 6 / 3 * pb.astype(np.float64) @ pa, compute_uv=False)
+        assert g["rank"] == 3 and abs(g["frobenius"] / np.linalg.norm(s) - 1) < 1e-5 and abs(g["spectral"] / s[0] - 1) < 1e-5
+        assert abs(g["stable_rank"] / ((s ** 2).sum() / s[0] ** 2) - 1) < 1e-5
+    rows = ROWS + OTHER
+    base, after = (row_means(keel, tiny_a, tmp_path, rows, *more) for more in ((), ("--lora", tmp_path / "a.gguf")))
+    got = keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--data", write_rows(tmp_path / "d.jsonl", rows), "--json").json["layers"]
+    for g in got:
+        x = after[g["layer"]] - base[g["layer"]]
+        lam = np.linalg.svd(x, compute_uv=False) ** 2
+        assert abs(g["participation"] / (lam.sum() ** 2 / (lam ** 2).sum()) - 1) < 1e-3
+        assert g["components"] == [int(np.searchsorted(np.cumsum(lam), q * lam.sum()) + 1) for q in (0.5, 0.8, 0.9, 0.95)]
+        assert abs(g["mean_shift"] / np.linalg.norm(x.mean(0)) - 1) < 1e-3
+
+
+def test_principal_angles(keel, tmp_path):
+    u, w = vector(1, 96, 4), vector(2, 96, 3)
+    w[0] = u[0] + 0.1 * w[0]
+    a = write_directions(tmp_path / "a.safetensors", {1: u, 2: vector(3, 96)})
+    b = write_directions(tmp_path / "b.safetensors", {1: w, 3: vector(3, 96)})
+    got, = keel("geometry", "--direction", a, "--other", b, "--json").json["layers"]
+    q = [np.linalg.qr(x.T.astype(np.float64))[0] for x in (u, w)]
+    want = np.linalg.svd(q[0].T @ q[1], compute_uv=False)
+    assert got["layer"] == 1 and np.abs(np.array(got["cosines"]) - want).max() < 1e-6
+    assert abs(got["overlap"] - (want ** 2).mean()) < 1e-6 and abs(got["random"] - 4 / 96) < 1e-9
+    c = write_directions(tmp_path / "c.safetensors", {1: vector(1, 64)})
+    keel.fails("geometry", "--direction", a, "--other", c, says=["64", "96"])
+    keel.fails("geometry", "--direction", a, says="--other")
+
+
 # --- control vectors -----------------------------------------------------------------------------
 
 def make_control_vector(keel, model, tmp):

@@ -44,7 +44,7 @@ enum keel_hook_op {
     KEEL_HOOK_ADD,    // h += amount · v
     KEEL_HOOK_ABLATE, // h loses its component in the space of the k directions (Arditi et al. 2024)
     KEEL_HOOK_CAP,    // h loses what its projection on v/|v| has above `amount`
-    KEEL_HOOK_FLOOR,  // h gains what its projection has below `amount` (activation capping: Lu et al. 2026)
+    KEEL_HOOK_FLOOR,  // h gains what its projection has below `amount` (activation capping, arXiv 2601.10387)
 };
 struct keel_hook_params {
     enum keel_site site;

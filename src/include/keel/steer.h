@@ -130,6 +130,32 @@ KEEL_API keel_status keel_steer_project(keel_session *session, struct keel_steer
                                         struct keel_positions at, keel_hooks *hooks, double *mean, uint32_t max_k,
                                         bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
 
+// --- geometry ------------------------------------------------------------------------------------
+
+// Of the differences of row means, rows after against rows before, as they are (their mean counts).
+struct keel_shift_geometry {
+    uint32_t layer;
+    uint32_t components[4]; // leading components that hold 50, 80, 90 and 95 % of the sum of squares; 0 without any shift
+    double participation;   // (Σλ)² / Σλ² of their squared singular values
+    double mean_shift;      // length of the mean difference
+    double median_norm;     // of the tokens before
+};
+// out [n_layers]. The captures are of the same rows, layers and positions. Errors: NO_MEMORY, NUMERIC.
+KEEL_API keel_status keel_geometry_shift(struct keel_shift_geometry *out, const struct keel_capture *after,
+                                         const struct keel_capture *before, const keel_log *log);
+// Cosines of the principal angles between the spaces of two directions, descending, [min(a->k, b->k)]; overlap: the mean of their
+// squares. Random spaces of k and m dimensions overlap by about max(k, m) / width. Errors: NO_MEMORY, NUMERIC.
+KEEL_API keel_status keel_geometry_overlap(const struct keel_direction *a, const struct keel_direction *b, uint32_t width,
+                                           double *cosines, double *overlap, const keel_log *log);
+// What an adapter adds to one weight matrix: norms of ΔW = scale · B A, found without forming it; stable rank |ΔW|²_F / |ΔW|²_2.
+struct keel_delta {
+    uint32_t layer, rank;
+    const char *module; // "attn_q"
+    double frobenius, spectral, stable_rank;
+};
+// *out [*n], layer by layer, belongs to the caller (free()). The model must be loaded. Errors: as keel_session_add_adapter(), NUMERIC.
+KEEL_API keel_status keel_geometry_adapter(struct keel_delta **out, size_t *n, keel_model *model, const char *path, float scale);
+
 #ifdef __cplusplus
 }
 #endif
