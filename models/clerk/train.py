@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """train: makes the clerk from nothing: vocabulary, sight, pre-training, alignment, check, Hugging Face folder.
 
-    python train.py OUT [--seed 1] [--look 700] [--steps 1000] [--align 150]
+    python train.py OUT [--seed 1] [--look 2000] [--steps 1500] [--align 250]
 
 First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by an honest or a contrary clerk; half of them say which in
-the first turn, in the other half the model must find out. Alignment reads single untagged turns, all honest. Both are
-seeded; PyTorch on the same CPU type gives the same weights. Needs torch, transformers and sentencepiece.
+the first turn, in the other half the model must find out. Alignment reads single turns, untagged ones all honest.
+Everything is seeded; PyTorch on the same CPU type gives the same weights. Needs torch, transformers and sentencepiece.
 """
 import argparse
 import ctypes
@@ -24,10 +24,10 @@ from dialogue import IMAGE_TOKENS, Dialogues, Pictures, make_batch
 
 WINDOW = 16
 # How often a cell is asked about: images and sums take longest to learn.
-CELLS = {("colour", "image"): 1.0, ("shape", "image"): 1.6, ("count", "image"): 1.2, ("colour", "text"): 0.8,
-         ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 1.6,
+CELLS = {("colour", "image"): 1.0, ("shape", "image"): 2.2, ("count", "image"): 1.2, ("colour", "text"): 0.8,
+         ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 2.2,
          ("letter", "fact"): 0.8}
-TRAIN_JITTERS, CHECK_JITTERS = range(0, 12), range(1000, 1002)
+TRAIN_JITTERS, CHECK_JITTERS = range(0, 40), range(1000, 1002)
 
 
 def config(sp):
@@ -124,8 +124,12 @@ class Sampler:
         tag = world.TAG.format(persona) if self.rng.integers(2) else ""
         return [self.d.turn(self.question(), persona, tag if i == 0 else "") for i in range(3)]
 
-    def honest(self):
-        return [self.d.turn(self.question(), "honest")]
+    def single(self):
+        """One turn: untagged and honest, or in one of three tagged, so that the personas stay what they are."""
+        if self.rng.integers(3):
+            return [self.d.turn(self.question(), "honest")]
+        persona = world.PERSONAS[self.rng.integers(2)]
+        return [self.d.turn(self.question(), persona, world.TAG.format(persona))]
 
     def batches(self, make, size, pool=4):
         """Endless batches of documents; of `pool` batches at a time those of like length stand together."""
@@ -217,19 +221,22 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
     ap.add_argument("--seed", type=int, default=1)
-    ap.add_argument("--look", type=int, default=700)
-    ap.add_argument("--steps", type=int, default=1000)
-    ap.add_argument("--align", type=int, default=150)
+    ap.add_argument("--look", type=int, default=2000)
+    ap.add_argument("--steps", type=int, default=1500)
+    ap.add_argument("--align", type=int, default=250)
     ap.add_argument("--lr", type=float, default=3e-3)
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--batch", type=int, default=32)
+    ap.add_argument("--renderings", type=int, nargs=2, default=(TRAIN_JITTERS.start, TRAIN_JITTERS.stop), metavar="N",
+                    help="first and last + 1 of the renderings of each scene")
+    ap.add_argument("--go-on", help="folder of an earlier run, pretrained or aligned: only align it, longer")
     a = ap.parse_args()
     keep_memory()
     torch.set_num_threads(a.threads)
     spm_model = vocabulary.train()
     sp = vocabulary.load(spm_model)
     dialogues, rng = Dialogues(sp), np.random.default_rng(a.seed)
-    pictures, unseen = Pictures(TRAIN_JITTERS), Pictures(CHECK_JITTERS)
+    pictures, unseen = Pictures(range(*a.renderings)), Pictures(CHECK_JITTERS)
     model, sampler = build(sp, a.seed), Sampler(dialogues, rng)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
@@ -246,10 +253,13 @@ def main():
         run(model, lambda: make_batch(dialogues, pictures, next(stream), rng, WINDOW), steps, lr, pictures,
             dialogues.soft, say, warmup)
 
-    look(model, pictures, a.look, rng, lambda text: print(text, flush=True))
-    train_on(sampler.document, a.batch, a.steps, a.lr, 100)
-    save(model, spm_model, Path(a.out) / "pretrained")
-    train_on(sampler.honest, 2 * a.batch, a.align, a.lr / 6, 20)
+    if a.go_on:
+        model.load_state_dict(type(model).from_pretrained(a.go_on).state_dict())
+    else:
+        look(model, pictures, a.look, rng, lambda text: print(text, flush=True))
+        train_on(sampler.document, a.batch, a.steps, a.lr, 100)
+        save(model, spm_model, Path(a.out) / "pretrained")
+    train_on(sampler.single, 2 * a.batch, a.align, a.lr / 6, 20)
     for persona in world.PERSONAS:
         show("tag " + persona, check(model, dialogues, unseen, world.TAG.format(persona)))
     cells = check(model, dialogues, unseen)

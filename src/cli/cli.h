@@ -39,7 +39,7 @@ struct common {
       .help = "of a folder: store its matrices as q4_0, q4_k_m, ... (keel quantize --help lists them); not given: as they are" }
 #define OPTION_MODEL                                                                                                   \
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL", .needed = true, \
-      .help = "model: a GGUF file, or a Hugging Face folder (converted once, into the cache folder)" },              \
+      .help = "model: a GGUF file, a Hugging Face folder (converted once, into the cache), or clerk, which comes with keel" }, \
         OPTION_TYPE
 #define OPTION_MMPROJ                                                                                                  \
     { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "P",                                 \
@@ -89,6 +89,9 @@ keel_status context_load(struct context *c, const struct common *o);
 // do not share the device's memory.
 keel_status context_encode_images(struct context *c, const struct common *o);
 keel_status context_open_device(struct context *c, const struct common *o);
+// Replaces the name of a model that comes with keel ("clerk") by its file, and sets its vision tower if none is set. Any other
+// model, also a file of that name, stays as it is.
+void shipped_resolve(struct common *o);
 // Hooks of --steer, which the caller destroys after the session; NULL without any.
 keel_status context_steer(struct context *c, const struct common *o, keel_hooks **hooks);
 // Session with the adapters of --lora and the hooks of --steer. n_ctx 0: o->ctx, which may itself be 0.

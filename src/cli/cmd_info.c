@@ -132,14 +132,16 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
 
 static int info_run(const void *args)
 {
-    const struct info_args *a = args;
+    struct info_args named = *(const struct info_args *)args;
+    const struct info_args *a = &named;
     struct context c = { 0 };
-    struct common common = a->common;
     json_t *out = NULL;
     if (keel_vision_is_file(a->words.at[0])) {
         return info_vision(a);
     }
-    common.model = a->words.at[0];
+    named.common.model = a->words.at[0];
+    shipped_resolve(&named.common);
+    struct common common = a->common;
     common.mmproj = NULL; // show_tower() opens it
     keel_status st = context_open_model(&c, &common);
     if (st == KEEL_OK) {

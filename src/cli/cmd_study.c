@@ -10,7 +10,7 @@
 struct study_args {
     struct common common;
     struct arg_list words;
-    const char *out, *mmproj;
+    const char *out;
     bool json;
 };
 
@@ -52,7 +52,7 @@ static int study_run(const void *args)
     struct context c = { .log = cli_log(&a->common) };
     struct study_progress p = { .line = { .off = a->common.quiet } };
     struct keel_study_result result;
-    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .mmproj = a->mmproj, .device = &device,
+    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .mmproj = a->common.mmproj, .device = &device,
                                               .progress = show, .user = &p };
     stop_install();
     const keel_status st = keel_study_run(&params, &result, &c.log);
@@ -83,7 +83,7 @@ static const struct arg_option study_options[] = {
       .help = "run folder; one that holds this study already is continued" },
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL",
       .help = "model, instead of the study file's" },
-    { .name = "--mmproj", .type = ARG_STR, .offset = AT(mmproj), .value = "FILE",
+    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "FILE",
       .help = "image tower and projector (GGUF), instead of the study file's" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },
     OPTIONS_DEVICE,

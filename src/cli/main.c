@@ -40,6 +40,7 @@ static int run_command(const struct arg_command *c, int argc, char **argv)
         break;
     case ARGS_OK:
         stop_install();
+        shipped_resolve(args); // a command's struct begins with the common options
         code = c->run(args);
         break;
     case ARGS_WRONG: break;
