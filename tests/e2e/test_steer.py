@@ -148,6 +148,32 @@ def test_generate(keel, tiny_a, oracle, tmp_path):
     assert ids != generate(keel, tiny_a, prompt, 20, "--temp", 0)[0]
 
 
+def test_perplexity_and_kl(keel, tiny_a, oracle, tmp_path):
+    """Perplexity under steering, and the KL that `direction --benign` prints: base against base with one layer's direction added."""
+    ref = oracle(tiny_a)
+    v = vector(1, ref.config.hidden_size)
+    text = tmp_path / "t.txt"
+    text.write_text(texts.ENGLISH[:300])
+    hooks = [("post", 3, "add", v, 0.3, "all")]
+    got = keel("perplexity", "-m", tiny_a, "--file", text, "--ctx", 64, "--json", *options(tmp_path, hooks)).json
+    with hooked(ref, hooks):
+        _, nll, n = ref.perplexity(texts.ENGLISH[:300], 64)
+    assert got["n_tokens"] == n and abs(got["nll"] - nll) < TOL
+    data = write_rows(tmp_path / "d.jsonl", ROWS)
+    r = keel("direction", "-m", tiny_a, "--positive", data, "--negative", write_rows(tmp_path / "o.jsonl", OTHER), "--out",
+             tmp_path / "v.safetensors", "--method", "mean", "--layers", "2,4", "--benign", data, "--json").json["layers"]
+    for gates in r:
+        direction, kl = load_file(tmp_path / "v.safetensors")[f"direction.{gates['layer']}"], []
+        for row in ROWS:
+            p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row["completion"], bos=False)
+            base = torch.log_softmax(ref.logits(p + c).double(), -1)[len(p) - 1:-1]
+            with hooked(ref, [("post", gates["layer"], "add", direction, 1.0, "all")]):
+                other = torch.log_softmax(ref.logits(p + c).double(), -1)[len(p) - 1:-1]
+            kl += (base.exp() * (base - other)).sum(-1).tolist()
+        assert abs(gates["benign_kl"] / np.mean(kl) - 1) < 1e-3 and gates["benign_kl"] > 0.001
+        assert gates["admissible"] <= (gates["benign_kl"] <= 0.1)
+
+
 def test_training_under_hooks(keel, tiny_a, oracle, tmp_path):
     """Losses, gradient norms and the adapter after some steps of preventative steering, against autograd through the same hooks."""
     ref = oracle(tiny_a)
