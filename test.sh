@@ -56,7 +56,7 @@ PY
 
 need_packages "${BUILD_PACKAGES[@]}" "${TEST_PACKAGES[@]}"
 build_keel build
-need_python pytest numpy gguf torch==2.13.0 transformers peft safetensors pillow
+need_python pytest numpy gguf torch==2.13.0 transformers peft safetensors sentencepiece pillow
 unit build "unit tests"
 if [ "$full" = 0 ]; then
     e2e "end-to-end tests"
