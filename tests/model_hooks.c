@@ -7,7 +7,6 @@
 #include "gemma3/gemma3.h"
 
 static const char path[] = "model_hooks.gguf";
-static keel_device *dev;
 static const struct tiny shape = { TINY_DEFAULTS };
 
 static keel_model *loaded(const keel_log *log)
@@ -343,24 +342,11 @@ static void test_errors(void **state)
     keel_model_close(&m);
 }
 
-static int setup(void **state)
-{
-    (void)state;
-    return keel_device_create(&dev, NULL, NULL) == KEEL_OK ? 0 : -1;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    keel_device_destroy(&dev);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_paths_agree), cmocka_unit_test(test_generate), cmocka_unit_test(test_no_cost),
         cmocka_unit_test(test_gradients),   cmocka_unit_test(test_errors),
     };
-    return cmocka_run_group_tests(tests, setup, teardown);
+    return cmocka_run_group_tests(tests, tiny_open_device, tiny_close_device);
 }

@@ -10,7 +10,6 @@
 #include <stdio.h>
 
 static const char path[] = "model_images_test.gguf";
-static keel_device *dev;
 
 enum { WIDTH = 64, N_ROW = 60, N_SOFT = 19 }; // an image is longer than the window of 12
 
@@ -489,19 +488,6 @@ static void test_gradients(void **state)
     free(c.zero);
 }
 
-static int open_device(void **state)
-{
-    (void)state;
-    return keel_device_create(&dev, NULL, NULL) == KEEL_OK ? 0 : -1;
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    keel_device_destroy(&dev);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -510,5 +496,5 @@ int main(void)
         cmocka_unit_test(test_plan),
         cmocka_unit_test(test_session_errors), cmocka_unit_test(test_gradients),
     };
-    return cmocka_run_group_tests(tests, open_device, close_device);
+    return cmocka_run_group_tests(tests, tiny_open_device, tiny_close_device);
 }

@@ -8,7 +8,6 @@
 #include "gemma3/gemma3.h"
 
 static const char path[] = "model_test.gguf";
-static keel_device *dev;
 
 static keel_model *loaded(const struct tiny *t)
 {
@@ -578,19 +577,6 @@ static void test_adapter_files(void **state)
     free(params);
 }
 
-static int open_device(void **state)
-{
-    (void)state;
-    return keel_device_create(&dev, NULL, NULL) == KEEL_OK ? 0 : -1;
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    keel_device_destroy(&dev);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -602,5 +588,5 @@ int main(void)
         cmocka_unit_test(test_session_limits),       cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_adapter_files),
     };
-    return cmocka_run_group_tests(tests, open_device, close_device);
+    return cmocka_run_group_tests(tests, tiny_open_device, tiny_close_device);
 }

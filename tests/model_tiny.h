@@ -7,6 +7,7 @@
 #include "base.h"
 #include "platform.h"
 #include "formats.h"
+#include "device.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -153,6 +154,22 @@ static inline void tiny_write(const struct tiny *t, const char *path)
     assert_int_equal(keel_gguf_writer_end(f.w), KEEL_OK);
     keel_gguf_writer_destroy(&f.w);
     assert_int_equal(fclose(f.f), 0);
+}
+
+// The device of a test program, for a group's set-up and tear-down.
+static keel_device *dev;
+
+static inline int tiny_open_device(void **state)
+{
+    (void)state;
+    return keel_device_create(&dev, NULL, NULL) == KEEL_OK ? 0 : -1;
+}
+
+static inline int tiny_close_device(void **state)
+{
+    (void)state;
+    keel_device_destroy(&dev);
+    return 0;
 }
 
 #endif

@@ -8,7 +8,6 @@
 
 static const char model_path[] = "model_vision.gguf", tower_path[] = "model_vision_mmproj.gguf";
 static const char image[] = IMAGES_DIR "/rgb.png";
-static keel_device *dev;
 
 // 576 patches: more than one part of a feed-forward layer. A grid of 24 that squares of 5 do not divide.
 enum { IMAGE = 48, PATCH = 2, WIDTH = 24, FF = 40, HEADS = 3, LAYERS = 2, KERNEL = 5, OUT = 64, RANK = 3 };
@@ -272,16 +271,8 @@ static void test_forward(void **state)
 
 static int open_device(void **state)
 {
-    (void)state;
     setenv("XDG_CACHE_HOME", ".", 1); // cached tokens are part of the test, the user's cache is not
-    return keel_device_create(&dev, NULL, NULL) == KEEL_OK ? 0 : -1;
-}
-
-static int close_device(void **state)
-{
-    (void)state;
-    keel_device_destroy(&dev);
-    return 0;
+    return tiny_open_device(state);
 }
 
 int main(void)
@@ -291,5 +282,5 @@ int main(void)
         cmocka_unit_test(test_some_targets),
         cmocka_unit_test(test_forward),
     };
-    return cmocka_run_group_tests(tests, open_device, close_device);
+    return cmocka_run_group_tests(tests, open_device, tiny_close_device);
 }
