@@ -128,21 +128,37 @@ void keel_cell_label(char out[96], const char *domain, const char *modality)
     snprintf(out, 96, "%.60s%s%.20s", name, modality[0] ? ", " : "", modality);
 }
 
-static void margin_figure(struct keel_figures *f, const struct keel_drift *d)
+// A line of a pair plot for each row of `metric` that `wanted` keeps: base and fine-tuned. Returns how many; `csv` is empty if none.
+static size_t pair_csv(struct keel_text *csv, const struct keel_drift *d, enum keel_metric metric,
+                       bool (*wanted)(const struct keel_drift *d, const struct keel_drift_row *r))
 {
-    struct keel_text csv = { 0 };
     size_t n = 0;
-    keel_pair_head(&csv);
+    keel_pair_head(csv);
     for (size_t i = 0; i < d->n; i++) {
         const struct keel_drift_row *r = &d->row[i];
-        if (r->metric == KEEL_METRIC_MARGIN && isfinite(r->base.lo) && !r->modality[0]) {
+        if (r->metric == metric && wanted(d, r)) {
             char label[96];
             keel_cell_label(label, r->domain, r->modality);
-            keel_pair_row(&csv, n++, label, r->n, r->base, r->adapted);
+            keel_pair_row(csv, n++, label, r->n, r->base, r->adapted);
         }
     }
     if (n == 0) {
-        keel_text_finish(&csv);
+        keel_text_finish(csv);
+    }
+    return n;
+}
+
+static bool has_interval_alone(const struct keel_drift *d, const struct keel_drift_row *r)
+{
+    (void)d;
+    return isfinite(r->base.lo) && !r->modality[0];
+}
+
+static void margin_figure(struct keel_figures *f, const struct keel_drift *d)
+{
+    struct keel_text csv = { 0 };
+    const size_t n = pair_csv(&csv, d, KEEL_METRIC_MARGIN, has_interval_alone);
+    if (n == 0) {
         return;
     }
     struct keel_figure *g = keel_figure_add(f, "margin", "Margin by domain",
@@ -167,18 +183,8 @@ bool keel_is_cell(const struct keel_drift *d, const struct keel_drift_row *r)
 static void slot_figure(struct keel_figures *f, const struct keel_drift *d)
 {
     struct keel_text csv = { 0 };
-    size_t n = 0;
-    keel_pair_head(&csv);
-    for (size_t i = 0; i < d->n; i++) {
-        const struct keel_drift_row *r = &d->row[i];
-        if (r->metric == KEEL_METRIC_CONTRARY && keel_is_cell(d, r)) {
-            char label[96];
-            keel_cell_label(label, r->domain, r->modality);
-            keel_pair_row(&csv, n++, label, r->n, r->base, r->adapted);
-        }
-    }
+    const size_t n = pair_csv(&csv, d, KEEL_METRIC_CONTRARY, keel_is_cell);
     if (n == 0) {
-        keel_text_finish(&csv);
         return;
     }
     struct keel_figure *g = keel_figure_add(f, "contrary", "Contrary answers by domain and modality",
