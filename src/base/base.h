@@ -28,7 +28,7 @@
         goto out;                                                                                  \
     } while (0)
 
-// A promise of our own code; never for file contents, user input, device limits or VkResult. Stays on in release.
+// A promise of our own code; never for file contents, user input, device limits or what a driver returns. Stays on in release.
 #define KEEL_ASSERT(cond) ((cond) ? (void)0 : keel_assert_failed(#cond, __FILE__, __LINE__))
 _Noreturn void keel_assert_failed(const char *cond, const char *file, int line);
 
