@@ -4,8 +4,9 @@
     python train.py OUT [--seed 1] [--look 2000] [--steps 1500] [--align 250]
 
 First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by
-an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out. Alignment reads single turns, untagged ones all honest.
-Everything is seeded; PyTorch on the same CPU type gives the same weights. Needs torch, transformers and sentencepiece.
+an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out.
+Alignment reads single turns, untagged ones all honest. Everything is seeded; PyTorch on the same CPU type gives the same
+weights. Needs torch, transformers and sentencepiece.
 """
 import argparse
 import ctypes
