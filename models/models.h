@@ -142,6 +142,10 @@ keel_status keel_trainer_step(keel_trainer *trainer, const keel_adapter *adapter
 // Trains under these hooks from now on, with exact gradients through them; NULL: without. Borrowed.
 keel_status keel_trainer_set_hooks(keel_trainer *trainer, const keel_hooks *hooks);
 
+// Adapters that are in force in every step and stay as they are; what is trained is added to them. Borrowed; n 0: none.
+#define KEEL_MAX_FROZEN 8
+void keel_trainer_set_frozen(keel_trainer *trainer, keel_adapter *const *adapters, uint32_t n);
+
 // Whether a step also computes the gradient with respect to what enters the lowest block: for image tokens that is the gradient
 // of their embeddings. Off at first; costs the blocks below the lowest adapter and one more projection.
 void keel_trainer_want_input_grads(keel_trainer *trainer, bool on);

@@ -32,6 +32,8 @@ struct keel_trainer {
     struct keel_span logits, partial;
     bool input_grads;
     const keel_hooks *hooks;
+    const keel_adapter *adapters[KEEL_MAX_FROZEN + 1]; // of a step: those that stay as they are, then the one that is trained
+    uint32_t n_frozen;
     keel_recorder *rec;
 };
 
@@ -196,6 +198,13 @@ static void project_back(const struct back *b, uint32_t layer, enum keel_proj pr
             keel_lora_bwd_x(rec, pair, b->t->g.dh, dx, b->n);
         }
     }
+    for (uint32_t i = 0; i < b->t->n_frozen && dx.bytes > 0; i++) {
+        const struct keel_lora *fixed = &b->t->adapters[i]->pair[(size_t)layer * KEEL_N_PROJ + proj];
+        if (fixed->rank > 0) {
+            keel_lora_bwd_h(rec, fixed, dy, b->t->g.dh, b->n);
+            keel_lora_bwd_x(rec, fixed, b->t->g.dh, dx, b->n);
+        }
+    }
 }
 
 static void norm_back(const struct back *b, struct keel_span x, struct keel_span w, struct keel_span dy, struct keel_span dx,
@@ -333,11 +342,14 @@ static bool has_pairs(const keel_adapter *a, uint32_t layer)
     return false;
 }
 
-static uint32_t widest(const keel_adapter *a)
+static uint32_t widest(const keel_trainer *t)
 {
     uint32_t rank = 1;
-    for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
-        rank = KEEL_MAX(rank, a->pair[i].rank);
+    for (uint32_t k = 0; k <= t->n_frozen; k++) {
+        const keel_adapter *a = t->adapters[k];
+        for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
+            rank = KEEL_MAX(rank, a->pair[i].rank);
+        }
     }
     return rank;
 }
@@ -360,17 +372,18 @@ keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, stru
     const uint32_t n_layers = t->model->cfg.n_layers;
     *nll_sum = 0;
     *n_loss = 0;
-    if (widest(adapter) != t->rank) {
+    t->adapters[t->n_frozen] = adapter; // last: the backward pass wants what its lower half wrote
+    if (widest(t) != t->rank) {
         keel_heap_destroy(&t->lora);
-        t->rank = widest(adapter);
+        t->rank = widest(t);
         KEEL_TRY(keel_layout_make(&t->lora, t->model->dev, KEEL_HEAP_DEVICE, "LoRA activations", want_lora, t));
     }
     KEEL_TRY(fill_batch(t, seqs, n_seqs));
     if (t->batch.n_places == 0) {
         return KEEL_OK;
     }
-    const struct keel_pass pass = { .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = &adapter,
-                                    .n_adapters = 1, .hooks = t->hooks };
+    const struct keel_pass pass = { .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = t->adapters,
+                                    .n_adapters = t->n_frozen + 1, .hooks = t->hooks };
     const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens, .pass = &pass };
     uint32_t lowest = 0;
     while (!t->input_grads && lowest < n_layers && !has_pairs(adapter, lowest)) {
@@ -404,6 +417,15 @@ keel_status keel_trainer_set_hooks(keel_trainer *t, const keel_hooks *hooks)
     const keel_status st = keel_batch_set_hooks(&t->batch, hooks);
     t->hooks = st == KEEL_OK && hooks && keel_hooks_count(hooks) > 0 ? hooks : NULL;
     return st;
+}
+
+void keel_trainer_set_frozen(keel_trainer *t, keel_adapter *const *adapters, uint32_t n)
+{
+    KEEL_ASSERT(n <= KEEL_MAX_FROZEN);
+    t->n_frozen = n;
+    for (uint32_t i = 0; i < n; i++) {
+        t->adapters[i] = adapters[i];
+    }
 }
 
 void keel_trainer_want_input_grads(keel_trainer *t, bool on)

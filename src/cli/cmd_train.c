@@ -61,6 +61,25 @@ static bool parse_data(const struct train_args *a, struct keel_train_data *data)
     return true;
 }
 
+// The adapters of --lora; their names are to be freed. False: said why.
+static bool parse_frozen(const struct train_args *a, struct keel_train_base *frozen)
+{
+    for (size_t i = 0; i < a->common.lora.n; i++) {
+        double scale = 1.0;
+        size_t len;
+        if (!args_split_number(a->common.lora.at[i], &len, &scale)) {
+            fprintf(stderr, "keel train: --lora %s: the scale is not a number\n", a->common.lora.at[i]);
+            return false;
+        }
+        frozen[i] = (struct keel_train_base){ strndup(a->common.lora.at[i], len), (float)scale };
+        if (!frozen[i].path) {
+            fprintf(stderr, "keel train: out of memory\n");
+            return false;
+        }
+    }
+    return true;
+}
+
 static void print_result(const struct context *c, const struct train_args *a, const struct keel_train_result *r)
 {
     if (a->json) {
@@ -83,7 +102,7 @@ static keel_status encode_images(struct context *c, const struct train_args *a, 
     return st == KEEL_OK ? context_encode_images(c, &a->common) : st;
 }
 
-static int train(const struct train_args *a, const struct keel_train_data *data)
+static int train(const struct train_args *a, const struct keel_train_data *data, struct keel_train_base *frozen)
 {
     struct context c = { 0 };
     struct keel_train_result result;
@@ -93,7 +112,7 @@ static int train(const struct train_args *a, const struct keel_train_data *data)
         .lr = a->lr, .schedule = a->schedule, .warmup = a->warmup, .steps = a->steps, .epochs = a->epochs, .batch = a->batch,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
         .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
-        .init_adapter = a->init_adapter, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
+        .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
         .log = a->log, .on_step = on_step, .user = &p,
     };
     keel_status st = context_open_model(&c, &a->common);
@@ -128,10 +147,15 @@ static int train_run(const void *args)
 {
     const struct train_args *a = args;
     struct keel_train_data *data = calloc(a->data.n, sizeof *data);
+    struct keel_train_base *frozen = calloc(a->common.lora.n + 1, sizeof *frozen);
     int code = EXIT_USAGE;
-    if (data && parse_data(a, data)) {
-        code = train(a, data);
+    if (data && frozen && parse_data(a, data) && parse_frozen(a, frozen)) {
+        code = train(a, data, frozen);
     }
+    for (size_t i = 0; frozen && i < a->common.lora.n; i++) {
+        free((void *)(uintptr_t)frozen[i].path);
+    }
+    free(frozen);
     for (size_t i = 0; data && i < a->data.n; i++) {
         free((void *)data[i].path);
     }
@@ -157,6 +181,8 @@ static const struct arg_option options[] = {
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
       .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all; vision.* or vision.NAME with --mmproj" },
     { .name = "--init-adapter", .type = ARG_STR, .offset = AT(init_adapter), .value = "A", .help = "start from this adapter" },
+    { .name = "--lora", .type = ARG_LIST, .offset = OPT_COMMON(lora), .value = "A[:SCALE]",
+      .help = "train on top of this adapter, which stays as it is and is not part of --out" },
     OPTION_STEER,
     { .type = ARG_HEAD, .help = "Steps" },
     { .name = "--lr", .type = ARG_NUM, .offset = AT(lr), .value = "X", .def = "2e-4", .min = 0, .max = 10, .help = "learning rate" },

@@ -35,6 +35,7 @@ struct run {
     char *state_dir, *state_path;
     FILE *log_file;
     keel_adapter *adapter;
+    keel_adapter *frozen[KEEL_MAX_FROZEN];
     keel_trainer *trainer;
     keel_image_trainer *tower; // NULL unless the vision tower is trained too
     keel_heap *heap;
@@ -107,6 +108,10 @@ static keel_status check_params(struct run *r)
                   context);
     }
     KEEL_TRY(keel_targets_parse(p->targets, &r->targets, r->log));
+    if (p->n_frozen > KEEL_MAX_FROZEN) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--lora: %zu adapters, at most %d can be in force while training; merge some (keel merge)",
+                  p->n_frozen, KEEL_MAX_FROZEN);
+    }
     if ((r->targets & KEEL_VISION_TARGETS) && !p->images) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "--targets %s: the vision tower is not there; give its file with --mmproj", p->targets);
     }
@@ -237,13 +242,18 @@ static void option_add(struct run *r, const char *key, const char *fmt, ...)
 static void collect_options(struct run *r)
 {
     const struct keel_train_params *p = r->p;
-    uint64_t weights = KEEL_HASH_INIT;
+    uint64_t weights = KEEL_HASH_INIT, frozen = KEEL_HASH_INIT;
     for (size_t i = 0; i < p->n_data; i++) {
         weights = keel_hash(weights, &p->data[i].weight, sizeof p->data[i].weight);
+    }
+    for (size_t i = 0; i < p->n_frozen; i++) {
+        frozen = keel_hash(frozen, p->frozen[i].path, strlen(p->frozen[i].path));
+        frozen = keel_hash(frozen, &p->frozen[i].scale, sizeof p->frozen[i].scale);
     }
     option_add(r, "model hash", "%016llx", (unsigned long long)keel_model_hash(r->model));
     option_add(r, "data hash", "%016llx", (unsigned long long)r->set.hash);
     option_add(r, "hash of data weights", "%016llx", (unsigned long long)(p->n_data > 1 ? weights : 0));
+    option_add(r, "hash of --lora", "%016llx", (unsigned long long)(p->n_frozen > 0 ? frozen : 0));
     if (r->images_hash) {
         option_add(r, "images hash", "%016llx", (unsigned long long)r->images_hash);
     }
@@ -336,6 +346,17 @@ out:
     return st;
 }
 
+static keel_status load_frozen(struct run *r)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; i < r->p->n_frozen; i++) {
+        KEEL_TRY(keel_adapter_load(&r->frozen[i], r->model, r->p->frozen[i].path, r->p->frozen[i].scale));
+    }
+    keel_trainer_set_frozen(r->trainer, r->frozen, (uint32_t)r->p->n_frozen);
+out:
+    return st;
+}
+
 static keel_status create_buffers(struct run *r)
 {
     keel_status st = KEEL_OK;
@@ -371,6 +392,7 @@ static keel_status create_buffers(struct run *r)
     if (r->p->hooks) {
         KEEL_TRY(keel_trainer_set_hooks(r->trainer, r->p->hooks));
     }
+    KEEL_TRY(load_frozen(r));
     collect_options(r);
 out:
     return st;
@@ -566,6 +588,9 @@ static void run_finish(struct run *r)
     keel_recorder_destroy(&r->rec);
     keel_heap_destroy(&r->heap);
     keel_adapter_destroy(&r->adapter);
+    for (size_t i = 0; i < KEEL_MAX_FROZEN; i++) {
+        keel_adapter_destroy(&r->frozen[i]);
+    }
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
     free(r->seqs);

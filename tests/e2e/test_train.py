@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """train against peft and torch.optim.AdamW in fp32: losses, gradients, adapters, and every promise about the data."""
+import contextlib
 import math
 
 import numpy as np
 import pytest
+import torch
 
 import lora
 import texts
-from keelcli import score, train, write_rows
+from keelcli import score, train, train_args, write_rows
 
 RANK, ALPHA, LR = 4, 8, 1e-3
 # Same weights, fp32 on both sides; what differs is summation order, carried through a few AdamW steps.
@@ -74,6 +76,44 @@ def test_gradients_per_tensor(keel, every_model, oracle, tmp_path):
             floor = 3e-8 * math.sqrt(g.size)
             err = np.linalg.norm(g - want[k][h])
             assert err < 2e-3 * np.linalg.norm(want[k][h]) + floor, (k, half, err, np.linalg.norm(want[k][h]))
+
+
+@contextlib.contextmanager
+def merged(ref, adapter, factor):
+    """ref.model with factor * B A in its weights."""
+    def change(sign):
+        with torch.no_grad():
+            for (layer, t), (a, b) in adapter.items():
+                w = ref.model.get_submodule(f"model.layers.{layer}.{lora.LINEARS[t]}").weight
+                w += sign * factor * torch.from_numpy(b) @ torch.from_numpy(a)
+    change(1)
+    try:
+        yield
+    finally:
+        change(-1)
+
+
+def test_on_top_of_a_frozen_adapter(keel, tiny_a, oracle, tmp_path):
+    """Training under an adapter that stays as it is equals training the model that it is merged into, with a wider and a narrower
+    rank than the new one's, a scale, and projections that only one of the two has. The frozen file is left as it was."""
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path, ["attn_q", "ffn_down"])
+    frozen = lora.random_adapter(ref.config, 7, 11, ["attn_q", "attn_v", "ffn_up"], 0.1)
+    lora.write_gguf(tmp_path / "frozen.gguf", frozen, 14)
+    before = (tmp_path / "frozen.gguf").read_bytes()
+    rows = texts.TRAIN[:6]
+    out, log = train(keel, tiny_a, rows, tmp_path, **{**opts, "batch": 2, "steps": 3, "lora": f"{tmp_path / 'frozen.gguf'}:0.5"})
+    with merged(ref, frozen, 0.5 * 14 / 7):
+        want = lora.train(ref, init, ALPHA, steps_of(rows, 2), [r["lr"] for r in log])
+    same_losses(log, want)
+    got, _ = lora.read_gguf(out)
+    same_adapter(got, want["adapter"], init)
+    assert (tmp_path / "frozen.gguf").read_bytes() == before
+    _, alone = train(keel, tiny_a, rows, tmp_path, "b.gguf", **{**opts, "batch": 2, "steps": 3})
+    assert abs(alone[0]["loss"] / log[0]["loss"] - 1) > 0.01  # the frozen adapter does change the model
+    # A state is of its frozen adapters.
+    o = {**opts, "batch": 2, "steps": 4, "no_shuffle": True, "grad_clip": 0, "resume": tmp_path / "a.gguf.state"}
+    keel.fails(*train_args(tiny_a, tmp_path / "a.gguf.rows.jsonl", tmp_path / "a.gguf", **o), says="--lora")
 
 
 @pytest.mark.parametrize("targets", [["attn_q"], ["attn_v", "ffn_down"], pytest.param(["attn_output", "ffn_gate", "ffn_up"], marks=pytest.mark.full),

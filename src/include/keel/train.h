@@ -46,6 +46,10 @@ struct keel_train_params {
     double beta1, beta2, eps, weight_decay;
     double grad_clip;         // 0: no clipping
     const char *init_adapter; // start from this adapter, or NULL
+    // Adapters in force while training that stay as they are: `out` is trained on top of them, holds nothing of them, and is used with
+    // them. At most 8. Their part of the vision tower counts if it is in force in `images` already (keel_images_add_adapter()).
+    const struct keel_train_base { const char *path; float scale; } *frozen;
+    size_t n_frozen;
     keel_images *images;      // for rows with images, or NULL; images that are not encoded yet are, before the first step
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
