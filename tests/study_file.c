@@ -104,6 +104,45 @@ static void test_sweeps(void **state)
     keel_study_free(&f);
 }
 
+#define CHAIN "name: n\ntrain:\n  data: [{file: a}]\n  filler: g\n  mixture: 0.5\n  rank: 8\n  alpha_per_rank: 1\n  steps: 9\neval: {slots: s}\nstages:\n"
+
+static void test_stages(void **state)
+{
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    assert_int_equal(parse(&f,
+                           CHAIN "  - {name: attack, train: {}, watch: {above: 0.5, every: 3}}\n"
+                                 "  - {name: repair, train: {data: [{file: b}], lr: 0.01, steps: 4}}\n"
+                                 "  - {name: on-top, from: attack, adapter: stack, train: {rank: 2, epochs: 3}}\n"
+                                 "  - {name: steered, from: attack, steer: ['v.gguf@1,op=add', w.gguf], coef: [-1, -2.5]}\n"
+                                 "  - {name: plain, from: base, steer: ['v:1.5@2']}\n"
+                                 "  - {name: scaled, scale: [0.25, 1]}\n"
+                                 "sweep: {rank: [4, 8]}\n",
+                           &m),
+                     KEEL_OK);
+    assert_int_equal(f->n_stages, 8);
+    const struct study_stage *s = f->stage;
+    assert_true(s[0].kind == STUDY_TRAIN && s[0].from == STUDY_NO_STAGE && !s[0].stack && !s[0].own_rank && !s[0].own_mixture);
+    assert_true(s[0].train.rank == 8 && s[0].train.steps == 9 && s[0].train.mixture == 0.5 && s[0].watch.every == 3);
+    assert_true(s[0].watch.above == 0.5 && isnan(s[0].watch.below) && s[0].watch.probes == 32);
+    // Data of its own come without the filler and the mixture of `train`; the rest is that of `train`.
+    assert_true(s[1].from == 0 && !s[1].stack && s[1].own_mixture && s[1].train.mixture == 1 && !s[1].train.filler);
+    assert_true(s[1].train.lr == 0.01 && s[1].train.steps == 4 && s[1].train.rank == 8 && s[1].watch.every == 0);
+    assert_string_equal(s[1].train.data[0].file, "b");
+    assert_true(s[2].from == 0 && s[2].stack && s[2].own_rank && s[2].train.rank == 2 && s[2].train.steps == 0 && s[2].train.epochs == 3);
+    assert_string_equal(s[3].name, "steered--1");
+    assert_string_equal(s[4].group, "steered");
+    assert_true(s[4].kind == STUDY_STEER && s[4].from == 0 && s[4].n_steer == 2 && s[4].value == -2.5);
+    assert_string_equal(s[4].steer[0], "v.gguf:-2.5@1,op=add");
+    assert_string_equal(s[4].steer[1], "w.gguf:-2.5");
+    assert_true(s[5].from == STUDY_NO_STAGE && isnan(s[5].value));
+    assert_string_equal(s[5].steer[0], "v:1.5@2");
+    assert_true(s[6].kind == STUDY_SCALE && s[6].from == 2 && s[6].value == 0.25); // the last stage that trains
+    assert_string_equal(s[7].name, "scaled-1");
+    keel_study_free(&f);
+}
+
 static void test_faults(void **state)
 {
     static const struct {
@@ -146,6 +185,29 @@ static void test_faults(void **state)
         { HEAD TAIL "sweep: {width: [4]}\n", "s.yaml:5:", "width" },
         { HEAD "eval: {margin: p, context_rows: 2}\n", "s.yaml:4:", "slots" },
         { HEAD "eval: {margin: p, prompts: raw}\n", "s.yaml:4:", "plain or chat" },
+        { "name: n\ntrain: {lr: 1e-3}\n" TAIL, "s.yaml:2:", "no data" },
+        { HEAD TAIL "stages: []\n", "s.yaml:5:", "stages" },
+        { CHAIN " - {name: a, train: {}, colour: 1}\n", "s.yaml:11:", "colour" },
+        { CHAIN " - {name: a}\n", "s.yaml:11:", "one of train" },
+        { CHAIN " - {name: a, train: {}, scale: [1]}\n", "s.yaml:11:", "one of train" },
+        { CHAIN " - {name: a b, train: {}}\n", "s.yaml:11:", "letters" },
+        { CHAIN " - {name: base, train: {}}\n", "s.yaml:11:", "base" },
+        { CHAIN " - {name: a, train: {}}\n - {name: a, train: {}}\n", "s.yaml:1", "earlier" },
+        { CHAIN " - {name: a, train: {}}\n - name: b\n   from: c\n   train: {}\n", "s.yaml:13:", "c is no earlier stage" },
+        { CHAIN " - {name: a, scale: [0.5]}\n", "s.yaml:11:", "no adapter to scale" },
+        { CHAIN " - {name: a, train: {}}\n - {name: b, scale: [0.5, 0.5]}\n", "s.yaml:12:", "one name" },
+        { CHAIN " - {name: a, train: {}}\n - {name: b, scale: [99]}\n", "s.yaml:12:", "out of range" },
+        { CHAIN " - {name: a, train: {}}\n - name: b\n   train: {rank: 4}\n", "s.yaml:13:", "stack" },
+        { CHAIN " - {name: a, adapter: stack, train: {}}\n", "s.yaml:11:", "base model" },
+        { CHAIN " - {name: a, train: {}}\n - {name: b, adapter: merge, train: {}}\n", "s.yaml:12:", "continue or stack" },
+        { CHAIN " - {name: a, from: base, steer: ['v:2@1'], coef: [1]}\n", "s.yaml:11:", "one of them" },
+        { CHAIN " - {name: a, train: {}, coef: [1]}\n", "s.yaml:11:", "steer" },
+        { CHAIN " - {name: a, from: base, steer: [v], watch: {}}\n", "s.yaml:11:", "train" },
+        { CHAIN " - name: a\n   train: {schedule: cosine}\n   watch: {}\n", "s.yaml:13:", "constant" },
+        { CHAIN " - name: a\n   train: {}\n   watch: {above: 2}\n", "s.yaml:13:", "above" },
+        { CHAIN " - name: a\n   train: {lr: -1}\n", "s.yaml:12:", "stages: a: train: lr" },
+        { HEAD TAIL "stages: [{name: a, train: {steps: 1}, watch: {}}]\n", "s.yaml:5:", "eval: slots" },
+        { HEAD "eval: {margin: p, projection: {directions: v}}\n", "s.yaml:4:", "eval: slots" },
         { "name: ''\ntrain:\n  data: [{file: a}]\n" TAIL, "s.yaml:1:", "name" },
         { "name: &x n\ntrain:\n  data: [{file: *x}]\n" TAIL, "s.yaml:3:", "lias" },
         { "name: [n\n", "s.yaml:", "" },
@@ -178,7 +240,7 @@ static void test_binary(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_sweeps),
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_sweeps), cmocka_unit_test(test_stages),
         cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

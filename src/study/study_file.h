@@ -20,18 +20,51 @@ struct study_train {
     double lr, epochs, weight_decay, grad_clip;
     const char *targets, *schedule;
 };
+// What activations are projected on: the residual stream of the slot probes' prompts, on one direction of a file.
+struct study_projection {
+    const char *directions; // NULL: not measured
+    const char *at;         // positions, as keel_positions_parse() takes them
+    uint32_t layer;
+    bool any_layer; // none was given: the file's only one
+};
 struct study_eval {
     const char *margin, *narrow, *kl, *slots; // NULL: not measured
     bool chat;                                // prompts are user turns of the chat template
     uint32_t answer_tokens, examples;
     uint32_t context_rows;   // training rows before each slot probe when it is asked again in context; 0: it is not
     uint32_t context_probes; // how many of the slot probes are; 0: all
+    struct study_projection projection;
 };
 struct study_setting { // what differs between the runs of a sweep
     uint32_t rank;
     double mixture;
     uint64_t seed;
 };
+// Small evaluations in the course of a training: P(contrary) of slot probes of one cell.
+struct study_watch {
+    uint32_t every;  // steps; 0: there are none
+    uint32_t probes; // at most
+    double above, below; // the stage ends when the mean reaches one of these; NAN: no such limit
+    const char *domain, *modality; // "other": all but the narrow domain; "all". "": any modality
+};
+enum study_kind { STUDY_TRAIN, STUDY_STEER, STUDY_SCALE };
+#define STUDY_NO_STAGE SIZE_MAX
+// One stage of a chain: a state of the model, reached from that of an earlier stage, and its evaluation.
+struct study_stage {
+    char *name;  // of its folder; entries with several values make stages called NAME-VALUE
+    char *group; // name of the entry
+    enum study_kind kind;
+    size_t from; // the TRAIN stage whose adapters it starts with, or STUDY_NO_STAGE: the base model
+    bool stack;  // TRAIN: a new adapter on top of those, which stay as they are; else the last of them is trained further
+    struct study_train train; // TRAIN
+    bool own_rank, own_mixture; // not the sweep's
+    struct study_watch watch;
+    char **steer; // STEER: words as --steer takes them
+    size_t n_steer;
+    double value; // SCALE: factor of the adapters; STEER: the coefficient of a scan, NAN without
+};
+void keel_study_stage_finish(struct study_stage *s); // accepts all-zero
+
 struct study_budget {
     double kl_mean, margin_drop, flip_rate; // NAN: no limit
 };
@@ -44,6 +77,8 @@ struct study_file {
     bool sweep;                // several runs in folders of their own
     struct study_setting *run; // [n_runs] in the order they run; seeds of one setting stand together
     size_t n_runs;
+    struct study_stage *stage; // [n_stages] in order; none: base, train, evaluation
+    size_t n_stages;
     void *yaml; // what libcyaml loaded; the strings above point into it
 };
 
