@@ -307,6 +307,33 @@ struct keel_kl_params {
     uint32_t n_rows, vocab;
 };
 void keel_kl(keel_recorder *rec, const struct keel_kl_params *p);
+// weights[i] *= max(2 (1 - σ(beta[i] · (log π - base[i]))), 1e-3), with log π of row i's target from stats as keel_xent() left it and
+// base its log-probability under another model, all [C]: the token weights of constrained fine-tuning (Qi et al. 2024,
+// arXiv 2406.05946, eq. 3).
+void keel_xent_constrain(keel_recorder *rec, struct keel_span stats, struct keel_span beta, struct keel_span base, struct keel_span weights,
+                         uint32_t n_rows);
+
+// --- vocabulary rows: divergence from a short list (top.c) ---------------------------------------
+
+// A distribution p over V elements kept as its n_top likeliest ones and, as one element, the rest of it (the tail). What is computed
+// is KL(p ‖ q) of both distributions over those n_top + 1 elements: a lower bound of the whole divergence.
+#define KEEL_TOP 64u
+struct keel_top_params {
+    struct keel_span logits;              // [C, V] of q
+    struct keel_span ids;                 // [C, KEEL_TOP] u32, the first n_top of each row are read: distinct and below V
+    struct keel_span log_p;               // [C, KEEL_TOP] f32
+    struct keel_span tail_log_p, weights; // [C] f32; an empty tail: -3.4e38
+    struct keel_span top;                 // [C, KEEL_TOP] f32
+    struct keel_span stats;               // [C, 4] f32
+    struct keel_span partial;             // scratch of keel_xent_scratch(C, V) bytes
+    uint32_t n_rows, vocab, n_top;
+};
+// First: the listed logits move to `top`, stats[i, 1] becomes the log-sum-exp of the rest of row i. Reads logits and ids alone.
+void keel_top_take(keel_recorder *rec, const struct keel_top_params *p);
+// Then: stats[i, 2] = KL(p ‖ q).
+void keel_top_kl(keel_recorder *rec, const struct keel_top_params *p);
+// Then: logits[i, v] = weights[i] · dKL/dlogits, which is q(v) - p(v), with p(v) = p(tail) · q(v) / q(tail) in the tail.
+void keel_top_bwd(keel_recorder *rec, const struct keel_top_params *p);
 
 // --- optimiser (adamw.c) -------------------------------------------------------------------------
 

@@ -57,3 +57,14 @@ void keel_kl(keel_recorder *rec, const struct keel_kl_params *p)
         .push = &pc, .push_bytes = sizeof pc, .groups = { keel_div_up(p->n_rows, LANES), 1, 1 },
         .flops = 2ull * p->n_rows * pc.segments, .bytes = 16ull * p->n_rows * pc.segments, .label = "kl_combine" });
 }
+
+void keel_xent_constrain(keel_recorder *rec, struct keel_span stats, struct keel_span beta, struct keel_span base, struct keel_span weights,
+                         uint32_t n_rows)
+{
+    const struct xent_pc pc = { .n_rows = n_rows };
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_constrain, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(stats), READ(beta), READ(base), UPDATE(weights) }, .n_bind = 4,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { keel_div_up(n_rows, LANES), 1, 1 },
+        .flops = 8ull * n_rows, .bytes = 32ull * n_rows, .label = "constrain" });
+}

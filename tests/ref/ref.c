@@ -362,6 +362,46 @@ void ref_kl(double *kl, const double *logits_p, const double *logits_q, int C, i
     }
 }
 
+void ref_top_kl(double *kl, double *d_logits, const struct ref_top *p)
+{
+    for (int i = 0; i < p->C; i++) {
+        const double *x = p->logits + (size_t)i * p->V, *log_p = p->log_p + (size_t)i * p->stride;
+        const uint32_t *ids = p->ids + (size_t)i * p->stride;
+        double *d = d_logits + (size_t)i * p->V;
+        const double lse = row_lse(x, p->V), tail_p = exp(p->tail[i]);
+        double tail_q = 0;
+        for (int v = 0; v < p->V; v++) {
+            d[v] = exp(x[v] - lse); // q; below: of the tail, of the list
+        }
+        for (int v = 0; v < p->V; v++) {
+            bool listed = false;
+            for (int k = 0; k < p->K; k++) {
+                listed = listed || ids[k] == (uint32_t)v;
+            }
+            tail_q += listed ? 0 : d[v];
+        }
+        kl[i] = tail_p > 0 ? tail_p * (p->tail[i] - log(tail_q)) : 0;
+        for (int v = 0; v < p->V; v++) {
+            double own = tail_p > 0 ? tail_p * d[v] / tail_q : 0; // p
+            for (int k = 0; k < p->K; k++) {
+                if (ids[k] == (uint32_t)v) {
+                    own = exp(log_p[k]);
+                    kl[i] += own * (log_p[k] - (x[v] - lse));
+                }
+            }
+            d[v] = p->weights[i] * (d[v] - own);
+        }
+    }
+}
+
+void ref_constrain(double *out, const double *weights, const double *log_pi, const double *beta, const double *base, int C)
+{
+    for (int i = 0; i < C; i++) {
+        const double sigmoid = 1 / (1 + exp(-beta[i] * (log_pi[i] - base[i])));
+        out[i] = weights[i] * fmax(2 * (1 - sigmoid), 1e-3);
+    }
+}
+
 // --- optimiser -----------------------------------------------------------------------------------
 
 double ref_sumsq(const double *x, size_t n)

@@ -109,6 +109,16 @@ void ref_xent(double *stats, const double *logits, const uint32_t *targets, int 
 void ref_xent_bwd(double *d_logits, const double *logits, const uint32_t *targets, const double *weights, int C, int V);
 // kl [C, 2] = KL(p ‖ q), KL(q ‖ p)
 void ref_kl(double *kl, const double *logits_p, const double *logits_q, int C, int V);
+// A distribution as the log-probabilities of K listed elements, ids and log_p [C, stride], and that of the rest together, tail [C].
+// kl [C] is that of the K + 1 probabilities to those of the logits; d_logits [C, V] = weights[i] · dkl[i]/dlogits.
+struct ref_top {
+    const double *logits, *log_p, *tail, *weights;
+    const uint32_t *ids;
+    int C, V, K, stride;
+};
+void ref_top_kl(double *kl, double *d_logits, const struct ref_top *p);
+// out [C] = weights · max(2 (1 - σ(beta · (log_pi - base))), 1e-3)
+void ref_constrain(double *out, const double *weights, const double *log_pi, const double *beta, const double *base, int C);
 
 // --- optimiser -----------------------------------------------------------------------------------
 
