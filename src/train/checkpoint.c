@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define CHUNK (4u << 20)
-#define MAX_META 48
+#define MAX_META 64
 
 static const char *const tensor_name[3] = { "params", "m", "v" };
 

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MIT
+// train/run.h: one training run as the files of this room see it: checks.c before anything is allocated, setup.c until the first
+// step, loop.c from there.
+#ifndef KEEL_TRAIN_RUN_H
+#define KEEL_TRAIN_RUN_H
+
+#include "checkpoint.h"
+#include "data.h"
+#include "models.h"
+
+#define MAX_OPTIONS 48
+#define OPTION_TEXT 1024
+
+struct keel_train_run {
+    keel_model *model;
+    keel_device *dev;
+    const keel_log *log;
+    const struct keel_train_params *p;
+    struct keel_train_set set;
+    struct keel_row_order order;
+    enum keel_schedule schedule;
+    uint32_t targets;
+    uint64_t images_hash; // 0: no images
+    float alpha;
+    uint64_t n_steps, per_step, all_rows; // rows of a full step; rows of the whole run
+    char *state_dir, *state_path;
+    FILE *log_file;
+    keel_adapter *adapter;
+    keel_adapter *frozen[KEEL_MAX_FROZEN];
+    keel_trainer *trainer;
+    keel_image_trainer *tower; // NULL unless the vision tower is trained too
+    keel_heap *heap;
+    keel_recorder *rec;
+    struct keel_span grads, sums, partial;
+    struct keel_train_state state;
+    struct keel_pair option[MAX_OPTIONS];
+    char option_text[MAX_OPTIONS][OPTION_TEXT];
+    struct keel_seq *seqs; // [per_step]
+};
+
+// --- checks.c ------------------------------------------------------------------------------------
+
+keel_status keel_train_check_params(struct keel_train_run *r);
+// Whether device memory suffices for the longest rows. Errors: NO_MEMORY, with the plan.
+keel_status keel_train_check_plan(struct keel_train_run *r);
+// A folder that cannot be written is to be found now, not after hours of work. Sets state_dir and state_path.
+keel_status keel_train_check_outputs(struct keel_train_run *r);
+
+// --- setup.c -------------------------------------------------------------------------------------
+
+// Steps and rows of the run, and the order of rows.
+keel_status keel_train_plan_steps(struct keel_train_run *r);
+// Soft tokens of images that the caller has not encoded; the tower gives its memory back before training takes it.
+keel_status keel_train_encode_images(struct keel_train_run *r);
+keel_status keel_train_create_buffers(struct keel_train_run *r);
+// Goes on from a state, if asked to and there is one; then opens the log at the same step.
+keel_status keel_train_start(struct keel_train_run *r);
+
+#endif
