@@ -450,6 +450,18 @@ const struct keel_caps *keel_device_caps(const keel_device *dev)
     return &dev->caps;
 }
 
+uint8_t keel_device_choice(const keel_device *dev, uint32_t slot)
+{
+    KEEL_ASSERT(slot < KEEL_MAX_CHOICES);
+    return dev->choices[slot];
+}
+
+void keel_device_choose(keel_device *dev, uint32_t slot, uint8_t choice)
+{
+    KEEL_ASSERT(slot < KEEL_MAX_CHOICES);
+    dev->choices[slot] = choice;
+}
+
 const keel_log *keel_device_log(const keel_device *dev)
 {
     return dev->log;

@@ -72,6 +72,11 @@ struct keel_shader {
     uint32_t code_words;
 };
 
+// Which variant of its kernels a room above uses on this device: small numbers that this room only keeps, 0 until set.
+#define KEEL_MAX_CHOICES 16u
+uint8_t keel_device_choice(const keel_device *dev, uint32_t slot);
+void keel_device_choose(keel_device *dev, uint32_t slot, uint8_t choice);
+
 // --- recording -----------------------------------------------------------------------------------
 
 enum keel_access { KEEL_READ, KEEL_WRITE, KEEL_READ_WRITE };

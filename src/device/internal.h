@@ -135,6 +135,8 @@ struct keel_device {
     struct transfer transfer;
     struct profile profile;
 
+    uint8_t choices[KEEL_MAX_CHOICES];
+
     double rate_flops, rate_bytes; // per second, what submissions are estimated with; adapts
     double dispatch_ns;            // cost of a dispatch that does nothing; adapts too
     double saved_flops, saved_bytes; // as in the cache file, 0 if there is none

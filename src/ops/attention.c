@@ -44,13 +44,13 @@ static void record_product(keel_recorder *rec, struct attention_pc pc, const str
             .bytes = 4ull * n * p->keys * ((uint64_t)pc.head_dim * pc.n_heads + GROUP * pc.n_heads), .label = p->label,
         };
         if (p->what == SCORES) {
-            d.shader = PICK(rec, attn_scores);
+            d.shader = PICK(rec, ATTENTION, attn_scores);
             d.n_spec = 1;
             d.groups[0] = keel_div_up(p->keys, LANES);
             d.groups[1] = n;
             d.groups[2] = pc.n_heads;
         } else {
-            d.shader = p->what == MIX ? PICK(rec, attn_mix) : PICK(rec, attn_keys_bwd);
+            d.shader = p->what == MIX ? PICK(rec, ATTENTION, attn_mix) : PICK(rec, ATTENTION, attn_keys_bwd);
             d.groups[0] = n;
             d.groups[1] = p->what == MIX ? pc.n_heads : pc.n_kv_heads;
             d.groups[2] = 1;

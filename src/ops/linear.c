@@ -12,7 +12,7 @@ static_assert(sizeof(struct linear_pc) == 40, "shaders/linear/linear.h");
 struct type_shaders {
     enum keel_dtype type;
     const char *fwd_label, *bwd_label;
-    const struct keel_shader *fwd[2], *bwd[2]; // [caps.exchange]
+    const struct keel_shader *fwd[2], *bwd[2]; // [exchange]
     const struct keel_shader *embed;
 };
 
@@ -69,7 +69,8 @@ void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
     const struct keel_caps *caps = keel_device_caps(keel_recorder_device(rec));
-    const bool exchange = caps->exchange && w->cols % 4 == 0; // x is read as texels of four numbers
+    const enum keel_family family = p->n_tokens < KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
+    const bool exchange = use_exchange(rec, family) && w->cols % 4 == 0; // x is read as texels of four numbers
     for (uint32_t i = 0; i < w->n_shards; i++) {
         const struct keel_shard *s = &w->shard[i];
         const uint32_t tiles = keel_div_up(s->rows, 64);
@@ -105,7 +106,7 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const bool exchange = keel_device_caps(keel_recorder_device(rec))->exchange && w->rows % 4 == 0; // dy as texels
+    const bool exchange = use_exchange(rec, KEEL_FAMILY_MATMUL_BWD) && w->rows % 4 == 0; // dy as texels
     const uint32_t tokens = p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1; // 16 sums each: more spill registers
     const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
     const uint32_t lanes_k = keel_div_up(w->cols, 32) * 2;

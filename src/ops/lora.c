@@ -28,7 +28,7 @@ static void reduce(keel_recorder *rec, const struct lora_pc *pc, struct keel_spa
     // Lanes a token: all 64 for a few tokens, one each for many.
     const uint32_t slices = pc->n_tokens >= 64 ? 1 : pc->n_tokens >= 8 ? 8 : 64;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, lora_reduce), .spec = { LANES, slices }, .n_spec = 2,
+        .shader = PICK(rec, LORA, lora_reduce), .spec = { LANES, slices }, .n_spec = 2,
         .bind = { READ(x), READ(m), WRITE(h) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
         .groups = { keel_div_up(pc->n_tokens, LANES / slices), keel_div_up(pc->rank, 8), 1 },
         .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
@@ -39,7 +39,7 @@ static void expand(keel_recorder *rec, const struct lora_pc *pc, struct keel_spa
 {
     const uint32_t tokens = pc->n_tokens >= 8 ? 8 : pc->n_tokens >= 4 ? 4 : 1;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, lora_expand), .spec = { LANES, tokens }, .n_spec = 2,
+        .shader = PICK(rec, LORA, lora_expand), .spec = { LANES, tokens }, .n_spec = 2,
         .bind = { READ(h), READ(m), UPDATE(y) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
         .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->n_tokens, tokens), 1 },
         .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
@@ -49,7 +49,7 @@ static void outer(keel_recorder *rec, const struct lora_pc *pc, struct keel_span
                   const char *label)
 {
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, lora_outer), .spec = { LANES }, .n_spec = 1,
+        .shader = PICK(rec, LORA, lora_outer), .spec = { LANES }, .n_spec = 1,
         .bind = { READ(z), READ(h), UPDATE(m) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
         .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->rank, 8), 1 },
         .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });

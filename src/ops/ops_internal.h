@@ -5,6 +5,7 @@
 
 #include "ops.h"
 #include "shaders.h"
+#include "variants.h"
 
 #include <assert.h>
 
@@ -14,8 +15,12 @@
 #define WRITE(s) { (s), KEEL_WRITE }
 #define UPDATE(s) { (s), KEEL_READ_WRITE }
 
+static inline bool use_exchange(const keel_recorder *rec, enum keel_family f)
+{
+    return keel_variant_of(keel_recorder_device(rec), f) == KEEL_VARIANT_EXCHANGE;
+}
 // The base module or the one that exchanges values between lanes.
-#define PICK(rec, name) (keel_device_caps(keel_recorder_device(rec))->exchange ? &keel_sh_##name##_x : &keel_sh_##name)
+#define PICK(rec, family, name) (use_exchange(rec, KEEL_FAMILY_##family) ? &keel_sh_##name##_x : &keel_sh_##name)
 
 // How many of `total` units, each of `flops`, one dispatch should take: as many as the recorder's quantum allows, a multiple
 // of `step`, at least `step`.
