@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // bench/bench.c: times prefill, decode and training, then repeats each with a timestamp around every dispatch.
 // Uses the public session and the training pass of the models room. Does not know what an op computes.
+#include "trace.h"
+
 #include "base.h"
 #include "platform.h"
 #include "device.h"
@@ -22,6 +24,7 @@ struct bench {
     struct keel_bench_result *result;
     int32_t *ids; // random tokens, enough for any phase
     uint32_t n_ids;
+    struct trace *trace; // NULL: none asked for
 };
 
 // What one phase needs; opened anew for the profiled run because only recorders made while profiling is on are timed.
@@ -130,31 +133,35 @@ struct phase {
     keel_status (*run)(struct rig *r, struct bench *b, uint64_t *tokens);
 };
 
-// Least time that the measured peaks allow, over the time taken.
-static double roof_ratio(const struct keel_caps *caps, const struct keel_profile_row *row)
+// Least time in nanoseconds that the measured peaks allow; 0 if they are unknown.
+static double least_ns(const struct keel_caps *caps, const struct keel_profile_row *row)
 {
-    if (caps->gflops <= 0 || caps->gbps <= 0 || row->ns == 0) {
+    if (caps->gflops <= 0 || caps->gbps <= 0) {
         return 0;
     }
     const double compute_ns = (double)row->flops / caps->gflops;
     const double memory_ns = (double)row->bytes / caps->gbps;
-    return KEEL_MAX(compute_ns, memory_ns) / (double)row->ns;
+    return KEEL_MAX(compute_ns, memory_ns);
 }
 
 static void collect_ops(struct bench *b, struct keel_bench_phase *out)
 {
     struct keel_profile_row rows[KEEL_COUNT(out->op)];
     const size_t n = KEEL_MIN(keel_profile_rows(b->dev, rows, KEEL_COUNT(rows)), KEEL_COUNT(rows));
+    double roof_ns = 0;
     for (size_t i = 0; i < n; i++) {
         struct keel_bench_op *op = &out->op[out->n_ops++];
+        const double least = least_ns(keel_device_caps(b->dev), &rows[i]);
         *op = (struct keel_bench_op){
             .count = rows[i].count, .ns = rows[i].ns, .flops = rows[i].flops, .bytes = rows[i].bytes,
-            .roof = roof_ratio(keel_device_caps(b->dev), &rows[i]),
+            .roof = rows[i].ns ? least / (double)rows[i].ns : 0,
         };
         strncpy(op->label, rows[i].label, sizeof op->label - 1);
+        roof_ns += least;
         out->op_ns += op->ns;
         out->op_flops += op->flops;
     }
+    out->roof = out->op_ns ? roof_ns / (double)out->op_ns : 0;
 }
 
 static keel_status profile_phase(struct bench *b, const struct phase *ph, struct keel_bench_phase *out)
@@ -170,9 +177,30 @@ static keel_status profile_phase(struct bench *b, const struct phase *ph, struct
     keel_profile_reset(b->dev);
     KEEL_TRY(ph->run(&r, b, &tokens));
     collect_ops(b, out);
+    if (b->trace) {
+        keel_trace_add(b->trace, b->dev, ph->name);
+    }
 out:
     rig_close(&r);
     keel_profile_enable(b->dev, false);
+    return st;
+}
+
+// One run; what it took counts if it was the `first` or the best.
+static keel_status time_run(struct bench *b, const struct phase *ph, struct rig *r, bool first, struct keel_bench_phase *out)
+{
+    uint64_t dispatches[2], submits[2], barriers;
+    keel_device_counts(b->dev, &dispatches[0], &submits[0], &barriers);
+    const uint64_t busy = keel_device_busy_ns(b->dev), start = keel_now_ns();
+    const keel_status st = ph->run(r, b, &out->tokens);
+    const double seconds = (double)(keel_now_ns() - start) * 1e-9;
+    keel_device_counts(b->dev, &dispatches[1], &submits[1], &barriers);
+    if (st == KEEL_OK && (first || seconds < out->seconds)) {
+        out->seconds = seconds;
+        out->host_seconds = KEEL_MAX(seconds - (double)(keel_device_busy_ns(b->dev) - busy) * 1e-9, 0.0);
+        out->dispatches = dispatches[1] - dispatches[0];
+        out->submits = submits[1] - submits[0];
+    }
     return st;
 }
 
@@ -194,12 +222,7 @@ static keel_status time_phase(struct bench *b, const struct phase *ph)
         if (ph->prepare) {
             KEEL_TRY(ph->prepare(&r, b));
         }
-        const uint64_t start = keel_now_ns();
-        KEEL_TRY(ph->run(&r, b, &out->tokens));
-        const double seconds = (double)(keel_now_ns() - start) * 1e-9;
-        if (i == 0 || seconds < out->seconds) {
-            out->seconds = seconds;
-        }
+        KEEL_TRY(time_run(b, ph, &r, i == 0, out));
     }
     out->tokens_per_second = out->seconds > 0 ? (double)out->tokens / out->seconds : 0;
     rig_close(&r);
@@ -247,6 +270,13 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
     }
     b.log = keel_device_log(b.dev);
     b.p.repeats = KEEL_MAX(b.p.repeats, 1u);
+    if (b.p.trace && !(b.p.ops && keel_device_caps(b.dev)->timestamps)) {
+        KEEL_FAIL(b.log, KEEL_ERR_ARG, "%s: a trace needs the times of ops, %s", b.p.trace,
+                  b.p.ops ? "and this device has no timestamps" : "which were turned off");
+    }
+    if (b.p.trace) {
+        KEEL_TRY(keel_trace_create(&b.trace, b.log));
+    }
     KEEL_TRY(keel_device_measure(b.dev));
     KEEL_TRY(draw_ids(&b));
     result->gflops = keel_device_caps(b.dev)->gflops;
@@ -263,7 +293,11 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
     uint64_t now;
     keel_device_memory(b.dev, &now, &result->peak_bytes);
     result->longest_submit_ns = keel_device_longest_submit_ns(b.dev);
+    if (b.trace) {
+        KEEL_TRY(keel_trace_write(b.trace, b.p.trace, keel_device_caps(b.dev)));
+    }
 out:
+    keel_trace_destroy(&b.trace);
     free(b.ids);
     return st;
 }

@@ -483,6 +483,11 @@ uint64_t keel_device_longest_submit_ns(const keel_device *dev)
     return dev->longest_ns;
 }
 
+uint64_t keel_device_busy_ns(const keel_device *dev)
+{
+    return dev->busy_ns;
+}
+
 void keel_device_counts(const keel_device *dev, uint64_t *dispatches, uint64_t *submits, uint64_t *barriers)
 {
     *dispatches = dev->n_dispatches;

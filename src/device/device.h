@@ -148,9 +148,20 @@ struct keel_profile_row {
     uint64_t count, ns, flops, bytes;
 };
 void keel_profile_enable(keel_device *dev, bool on); // timestamps around each dispatch; costs a few percent
-void keel_profile_reset(keel_device *dev);
+void keel_profile_reset(keel_device *dev);           // forgets rows and events
 // Copies up to `cap` rows, longest time first, and returns how many there are.
 size_t keel_profile_rows(keel_device *dev, struct keel_profile_row *out, size_t cap);
+// What ran when, in the order of completion. Times by keel_now_ns(); the device's clock is set to it where the first submission since
+// the reset begins, since Vulkan 1.1 relates the two no better.
+struct keel_profile_event {
+    const char *label;    // of a dispatch; NULL: a submission, from the call to when the host saw its end
+    uint64_t start_ns, ns, flops, bytes;
+    uint64_t submission;  // counts up; the one a dispatch belongs to
+};
+// Valid until the next submission ends or reset. Returns how many.
+size_t keel_profile_events(const keel_device *dev, const struct keel_profile_event **out);
+// Time since creation during which a submission was at work, by the device's clock where it has one.
+uint64_t keel_device_busy_ns(const keel_device *dev);
 // Dispatches and submissions since creation, for tests and bench.
 void keel_device_counts(const keel_device *dev, uint64_t *dispatches, uint64_t *submits, uint64_t *barriers);
 

@@ -106,6 +106,11 @@ struct profile {
     bool on;
     struct keel_profile_row *rows;
     size_t n, cap;
+    struct keel_profile_event *events;
+    size_t n_events, cap_events;
+    uint64_t n_submissions;
+    double clock_ns; // host's clock minus the device's, once `clock_set`
+    bool clock_set;
 };
 
 struct keel_device {
@@ -140,7 +145,8 @@ struct keel_device {
     double rate_flops, rate_bytes; // per second, what submissions are estimated with; adapts
     double dispatch_ns;            // cost of a dispatch that does nothing; adapts too
     double saved_flops, saved_bytes; // as in the cache file, 0 if there is none
-    uint64_t longest_ns;
+    uint64_t longest_ns, busy_ns;
+    double busy_until_ns; // end of the latest submission by the device's clock
     uint64_t n_dispatches, n_submits, n_barriers;
 };
 
@@ -204,7 +210,10 @@ keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, s
 
 // --- profile.c -----------------------------------------------------------------------------------
 
-void keel_profile_add(keel_device *dev, const char *label, uint64_t ns, uint64_t flops, uint64_t bytes);
+// Books what ran: start_ns of a dispatch is by the device's clock, of a submission by the host's.
+void keel_profile_add(keel_device *dev, struct keel_profile_event event);
+// Sets the clocks to each other: `device_ns` by the device's was `host_ns`. Only the first call since the reset counts.
+void keel_profile_set_clock(keel_device *dev, double device_ns, uint64_t host_ns);
 void keel_profile_finish(keel_device *dev);
 
 #endif

@@ -15,40 +15,80 @@ void keel_profile_enable(keel_device *dev, bool on)
 
 void keel_profile_reset(keel_device *dev)
 {
-    dev->profile.n = 0;
+    dev->profile.n = dev->profile.n_events = 0;
+    dev->profile.n_submissions = 0;
+    dev->profile.clock_set = false;
 }
 
 void keel_profile_finish(keel_device *dev)
 {
     free(dev->profile.rows);
+    free(dev->profile.events);
     dev->profile.rows = NULL;
+    dev->profile.events = NULL;
 }
 
-void keel_profile_add(keel_device *dev, const char *label, uint64_t ns, uint64_t flops, uint64_t bytes)
+// The items with room for one more, moved if need be; NULL, and nothing freed, when memory is out: a row less in a report.
+static void *with_room(void *items, size_t n, size_t *cap, size_t item_bytes)
 {
-    struct profile *p = &dev->profile;
+    if (n < *cap) {
+        return items;
+    }
+    const size_t more = *cap ? 2 * *cap : 64;
+    void *p = realloc(items, more * item_bytes);
+    *cap = p ? more : *cap;
+    return p;
+}
+
+static void add_to_row(struct profile *p, const struct keel_profile_event *e)
+{
     size_t i = 0;
     // A few dozen labels at most, and most dispatches have the label of a recent one.
-    while (i < p->n && p->rows[i].label != label && strcmp(p->rows[i].label, label) != 0) {
+    while (i < p->n && p->rows[i].label != e->label && strcmp(p->rows[i].label, e->label) != 0) {
         ++i;
     }
     if (i == p->n) {
-        if (p->n == p->cap) {
-            const size_t cap = p->cap ? 2 * p->cap : 64;
-            struct keel_profile_row *rows = realloc(p->rows, cap * sizeof(*rows));
-            if (!rows) {
-                return; // a row less in a report
-            }
-            p->rows = rows;
-            p->cap = cap;
+        struct keel_profile_row *rows = with_room(p->rows, p->n, &p->cap, sizeof(*rows));
+        if (!rows) {
+            return;
         }
-        p->rows[p->n++] = (struct keel_profile_row){.label = label};
+        p->rows = rows;
+        p->rows[p->n++] = (struct keel_profile_row){.label = e->label};
     }
     struct keel_profile_row *r = &p->rows[i];
     ++r->count;
-    r->ns += ns;
-    r->flops += flops;
-    r->bytes += bytes;
+    r->ns += e->ns;
+    r->flops += e->flops;
+    r->bytes += e->bytes;
+}
+
+void keel_profile_set_clock(keel_device *dev, double device_ns, uint64_t host_ns)
+{
+    struct profile *p = &dev->profile;
+    if (!p->clock_set) {
+        p->clock_ns = (double)host_ns - device_ns;
+        p->clock_set = true;
+    }
+}
+
+void keel_profile_add(keel_device *dev, struct keel_profile_event event)
+{
+    struct profile *p = &dev->profile;
+    if (event.label) {
+        event.start_ns = (uint64_t)((double)event.start_ns + p->clock_ns);
+        add_to_row(p, &event);
+    }
+    struct keel_profile_event *events = with_room(p->events, p->n_events, &p->cap_events, sizeof(*events));
+    if (events) {
+        p->events = events;
+        p->events[p->n_events++] = event;
+    }
+}
+
+size_t keel_profile_events(const keel_device *dev, const struct keel_profile_event **out)
+{
+    *out = dev->profile.events;
+    return dev->profile.n_events;
 }
 
 static int by_time(const void *a, const void *b)

@@ -198,6 +198,33 @@ uint64_t keel_recorder_quantum(const keel_recorder *rec)
 
 // --- submission ----------------------------------------------------------------------------------
 
+// Adds the time that a submission was at work. The first timestamp of one may be taken while the one before still runs.
+static void book_busy(keel_device *dev, double start_ns, double ns)
+{
+    const double end = start_ns + ns, from = KEEL_MAX(start_ns, dev->busy_until_ns);
+    const bool wrapped = start_ns + 60e9 < dev->busy_until_ns; // counters of few bits start anew
+    dev->busy_ns += wrapped ? (uint64_t)ns : end > from ? (uint64_t)(end - from) : 0;
+    dev->busy_until_ns = end;
+}
+
+// Books a finished part, with the timestamps `t` around its dispatches unless NULL.
+static void profile_part(keel_device *dev, const struct part *p, const uint64_t *t, uint64_t done_ns)
+{
+    const double tick = dev->caps.timestamp_ns;
+    const uint64_t submission = ++dev->profile.n_submissions;
+    keel_profile_add(dev, (struct keel_profile_event){.start_ns = p->submit_ns, .ns = done_ns - p->submit_ns, .submission = submission});
+    if (t) {
+        keel_profile_set_clock(dev, (double)t[0] * tick, p->submit_ns);
+    }
+    for (uint32_t i = 0; i < p->n_entries; ++i) {
+        const struct entry *e = &p->entries[i];
+        const uint64_t ticks = t ? (t[i + 1] - t[i]) & dev->timestamp_mask : 0;
+        keel_profile_add(dev, (struct keel_profile_event){.label = e->label, .start_ns = t ? (uint64_t)((double)t[i] * tick) : 0,
+                                                          .ns = (uint64_t)((double)ticks * tick), .flops = e->flops, .bytes = e->bytes,
+                                                          .submission = submission});
+    }
+}
+
 static void account(keel_recorder *rec, struct part *p)
 {
     keel_device *dev = rec->dev;
@@ -212,13 +239,13 @@ static void account(keel_recorder *rec, struct part *p)
     }
     if (timed) {
         ns = (uint64_t)((double)((t[n - 1] - t[0]) & dev->timestamp_mask) * dev->caps.timestamp_ns);
+        book_busy(dev, (double)t[0] * dev->caps.timestamp_ns, (double)ns);
     } else {
         ns = now - KEEL_MAX(p->submit_ns, rec->last_done_ns);
+        dev->busy_ns += ns;
     }
-    for (uint32_t i = 0; i < p->n_entries; ++i) {
-        const uint64_t ticks = timed ? (t[i + 1] - t[i]) & dev->timestamp_mask : 0;
-        keel_profile_add(dev, p->entries[i].label, (uint64_t)((double)ticks * dev->caps.timestamp_ns), p->entries[i].flops,
-                         p->entries[i].bytes);
+    if (rec->profile) {
+        profile_part(dev, p, timed ? t : NULL, now);
     }
     rec->last_done_ns = now;
     if (!p->fresh) {

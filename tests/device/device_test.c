@@ -3,6 +3,7 @@
 // fails the test. Runs on whatever driver the environment offers; tests/meson.build adds SwiftShader where it is installed.
 #include "base.h"
 #include "device.h"
+#include "platform.h"
 
 #include <dirent.h>
 #include <setjmp.h>
@@ -493,12 +494,34 @@ static void test_refusals(void **state)
     finish(f->rec);
 }
 
+// Dispatches of a submission follow one another; all lies between `begin` and now but for the offset of the clocks.
+static void check_events(keel_device *dev, uint64_t begin, size_t n_dispatches)
+{
+    const struct keel_profile_event *e;
+    const size_t n = keel_profile_events(dev, &e);
+    const uint64_t slack = 1000000000;
+    size_t dispatches = 0;
+    for (size_t i = 0; i < n; ++i) {
+        assert_true(e[i].start_ns >= begin && e[i].start_ns + e[i].ns <= keel_now_ns() + slack);
+        if (!e[i].label) {
+            continue;
+        }
+        ++dispatches;
+        assert_true(i > 0 && e[i - 1].submission == e[i].submission);
+        assert_true(!e[i - 1].label || e[i - 1].start_ns + e[i - 1].ns <= e[i].start_ns + 1000);
+    }
+    assert_int_equal(dispatches, n_dispatches);
+    assert_true(n > dispatches + 1); // more than one submission
+    assert_true(keel_device_busy_ns(dev) > 0);
+}
+
 static void test_profile(void **state)
 {
     struct fixture *f = *state;
     struct keel_span a = alloc(f->heap, 1u << 20), b = alloc(f->heap, 1u << 20), p = param(f, 0);
     struct keel_profile_row rows[8];
     keel_recorder *plain = f->rec;
+    const uint64_t begin = keel_now_ns();
     keel_profile_enable(f->dev, keel_device_caps(f->dev)->timestamps);
     assert_int_equal(keel_recorder_create(&f->rec, f->dev, NULL), KEEL_OK);
     keel_record_fill(f->rec, a, 1);
@@ -521,6 +544,7 @@ static void test_profile(void **state)
         assert_string_equal(fill->label, "fill");
         assert_int_equal(fill->count, 1);
         assert_true(rows[0].ns >= rows[1].ns);
+        check_events(f->dev, begin, 1502);
     }
     keel_profile_reset(f->dev);
     assert_int_equal(keel_profile_rows(f->dev, rows, 8), 0);

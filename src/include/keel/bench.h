@@ -17,6 +17,7 @@ struct keel_bench_params {
     uint32_t n_batch;    // tokens a pass takes at once
     uint32_t repeats;    // each phase so often; the best counts
     bool ops;            // run each phase once more with a timestamp around every dispatch
+    const char *trace;   // with ops: write what ran when in those runs to this file, for Perfetto or chrome://tracing; NULL: no
     void (*progress)(void *user, const char *phase, uint32_t done, uint32_t total); // may be NULL
     void *user;
 };
@@ -33,6 +34,9 @@ struct keel_bench_phase {
     uint64_t tokens;
     double seconds;   // best of the repeats
     double tokens_per_second;
+    double host_seconds; // of those, while no submission was at work: recording, waiting for memory, bookkeeping
+    uint64_t dispatches, submits; // of one run
+    double roof;      // of all ops together, as in keel_bench_op
     struct keel_bench_op op[48];
     uint32_t n_ops;
     uint64_t op_ns, op_flops; // sums over all ops
@@ -47,7 +51,7 @@ struct keel_bench_result {
 
 // Measures. The tokens are drawn from a fixed seed; training steps do not change anything that outlives the call.
 // NULL params: the defaults. `*result` is large (about 12 KiB). Errors: ARG (model not loaded), NO_MEMORY, DEVICE_LOST,
-// NUMERIC, INTERRUPTED.
+// NUMERIC, INTERRUPTED, IO (trace).
 KEEL_API keel_status keel_bench(keel_model *model, const struct keel_bench_params *params, struct keel_bench_result *result);
 
 #ifdef __cplusplus
