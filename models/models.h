@@ -47,8 +47,10 @@ typedef struct keel_adapter {
     struct keel_heap *heap;
 } keel_adapter;
 
-// A new adapter: A Kaiming-uniform as PEFT draws it (bound 1/sqrt(K)), each tensor from its own random stream; B zero.
-keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, uint64_t seed);
+// A new adapter: A Kaiming-uniform as PEFT draws it (bound 1/sqrt(K)), each tensor from its own random stream; B zero. `layers`
+// [n_layers]: the layers of the language model that take part; NULL: all.
+keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, const uint8_t *layers,
+                                uint64_t seed);
 // From a GGUF file or a PEFT folder. Pairs of a vision tower are left out where the model has none (keel_model_use_vision()).
 // Errors as keel_session_add_adapter().
 keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char *path, float scale);
@@ -61,8 +63,10 @@ void keel_adapter_destroy(keel_adapter **adapter);
 // for it. i below n_pairs.
 void keel_adapter_pair_name(const keel_model *model, uint32_t i, char name[64]);
 uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i);
-// Device bytes of the parameters of an adapter with this rank and these targets.
-uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets);
+// Whether an adapter of these targets and layers has pair i.
+bool keel_adapter_pair_wanted(const keel_model *model, uint32_t i, uint32_t targets, const uint8_t *layers);
+// Device bytes of the parameters of an adapter with this rank, these targets and layers.
+uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets, const uint8_t *layers);
 
 // The tower that targets "vision.*" belong to; adapters of `model` made from now on may hold pairs of it. Borrowed; NULL: none.
 void keel_model_use_vision(keel_model *model, keel_vision *vision);

@@ -224,7 +224,7 @@ static void test_gradients(void **state)
     keel_hooks *h = NULL;
     int32_t ids[N_SEQS][24];
     struct keel_rng rng = keel_rng_make(4, 4);
-    assert_int_equal(keel_adapter_create(&c.a, m, RANK, 4.0f, 127, 5), KEEL_OK);
+    assert_int_equal(keel_adapter_create(&c.a, m, RANK, 4.0f, 127, NULL, 5), KEEL_OK);
     const size_t n = c.a->n_floats;
     float *params = calloc(n, 4), *g = malloc(n * 4), *moved = malloc(n * 4);
     c.zero = calloc(n, 4);

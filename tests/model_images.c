@@ -450,7 +450,7 @@ static void test_gradients(void **state)
     const uint32_t total = 58 + 20 + 40;
     keel_heap *heap = NULL;
     draw_embeds(embeds, 3 * N_SOFT, 8);
-    assert_int_equal(keel_adapter_create(&c.a, c.m, RANK, 6.0f, 127, 5), KEEL_OK);
+    assert_int_equal(keel_adapter_create(&c.a, c.m, RANK, 6.0f, 127, NULL, 5), KEEL_OK);
     float *params = random_params(&c);
     float *g = malloc(c.a->n_floats * 4), *again = malloc(c.a->n_floats * 4);
     c.zero = calloc(c.a->n_floats, 4);

@@ -400,7 +400,7 @@ static keel_adapter *noisy_adapter(keel_model *m, uint32_t targets, float *host)
 {
     keel_adapter *a = NULL;
     struct keel_rng rng = keel_rng_make(9, 9);
-    assert_int_equal(keel_adapter_create(&a, m, RANK, 6.0f, targets, 5), KEEL_OK);
+    assert_int_equal(keel_adapter_create(&a, m, RANK, 6.0f, targets, NULL, 5), KEEL_OK);
     memset(host, 0, a->n_floats * sizeof *host);
     for (size_t i = 0; i < (size_t)a->n_layers * KEEL_N_PROJ; i++) {
         const struct keel_span side[2] = { a->pair[i].a, a->pair[i].b };
@@ -476,7 +476,7 @@ static void test_gradients(void **state)
     const uint32_t lens[N_SEQS] = { 30, 9, 21 };
     int32_t ids[N_SEQS][30];
     keel_heap *heap = NULL;
-    float *params = malloc(keel_adapter_bytes(c.m, RANK, 127));
+    float *params = malloc(keel_adapter_bytes(c.m, RANK, 127, NULL));
     assert_non_null(params);
     c.a = noisy_adapter(c.m, 127, params);
     float *g = malloc(c.a->n_floats * 4), *parts = calloc(c.a->n_floats, 4);
@@ -547,7 +547,7 @@ static void test_adapter_files(void **state)
     keel_session *s = NULL;
     int32_t ids[40];
     float base[40], with[2][40], kl[40], back[40];
-    float *params = malloc(keel_adapter_bytes(m, RANK, 127));
+    float *params = malloc(keel_adapter_bytes(m, RANK, 127, NULL));
     keel_adapter *a = noisy_adapter(m, 1u << KEEL_ATTN_V | 1u << KEEL_FFN_UP, params);
     draw_ids(ids, 40, t.vocab, 6);
     assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 64, .n_batch = 64 }), KEEL_OK);

@@ -137,7 +137,7 @@ static void set_up(struct vision_case *c, uint32_t targets)
     assert_int_equal(keel_model_load(c->m, dev), KEEL_OK);
     assert_int_equal(keel_vision_open(&c->v, tower_path, c->m, NULL), KEEL_OK);
     keel_model_use_vision(c->m, c->v);
-    assert_int_equal(keel_adapter_create(&c->a, c->m, RANK, 6.0f, targets, 5), KEEL_OK);
+    assert_int_equal(keel_adapter_create(&c->a, c->m, RANK, 6.0f, targets, NULL, 5), KEEL_OK);
     assert_int_equal(keel_vision_trainer_create(&c->t, c->v, dev), KEEL_OK);
     const size_t n = c->a->n_floats;
     c->params = calloc(n, 4);

@@ -74,10 +74,12 @@ void keel_model_use_vision(keel_model *model, keel_vision *vision)
     assert_null(vision);
 }
 
-uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i)
+bool keel_adapter_pair_wanted(const keel_model *model, uint32_t i, uint32_t targets, const uint8_t *layers)
 {
     (void)model;
-    return i;
+    (void)targets;
+    (void)layers;
+    return i == 0;
 }
 
 void keel_adapter_pair_name(const keel_model *model, uint32_t i, char name[64])
@@ -134,10 +136,11 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
 }
 
 keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha,
-                                uint32_t targets, uint64_t seed)
+                                uint32_t targets, const uint8_t *layers, uint64_t seed)
 {
     (void)model;
     (void)targets;
+    assert_null(layers);
     float w[N];
     struct keel_rng rng = keel_rng_make(seed, 0);
     keel_adapter *a = calloc(1, sizeof *a);
@@ -156,7 +159,7 @@ keel_status keel_adapter_load(keel_adapter **out, keel_model *model, const char 
 {
     (void)path;
     (void)scale;
-    return keel_adapter_create(out, model, RANK, 8, 1, 1);
+    return keel_adapter_create(out, model, RANK, 8, 1, NULL, 1);
 }
 
 void keel_adapter_destroy(keel_adapter **a)
@@ -194,6 +197,16 @@ keel_status keel_trainer_create(keel_trainer **out, keel_model *model, uint32_t 
     assert_true(max_tokens >= max_row && max_loss > 0 && max_loss < max_tokens);
     *out = calloc(1, sizeof **out);
     return KEEL_OK;
+}
+
+// Layers are not chosen here.
+keel_status keel_layers_parse(const char *text, uint8_t *use, uint32_t n, const keel_log *log)
+{
+    (void)text;
+    (void)use;
+    (void)n;
+    (void)log;
+    return KEEL_ERR_ARG;
 }
 
 // Hooks belong to the models room; no run here has any.

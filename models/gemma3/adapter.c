@@ -64,13 +64,19 @@ uint32_t keel_adapter_pair_target(const keel_model *model, uint32_t i)
     return KEEL_N_PROJ + (is_projector(model, i) ? KEEL_V_N_PROJ : (i - text) % KEEL_V_N_PROJ);
 }
 
-uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets)
+bool keel_adapter_pair_wanted(const keel_model *model, uint32_t i, uint32_t targets, const uint8_t *layers)
+{
+    const bool text = i < n_text_pairs(model);
+    return (targets >> keel_adapter_pair_target(model, i) & 1) && (!text || !layers || layers[i / KEEL_N_PROJ]);
+}
+
+uint64_t keel_adapter_bytes(const keel_model *model, uint32_t rank, uint32_t targets, const uint8_t *layers)
 {
     uint64_t bytes = 0;
     for (uint32_t i = 0; i < keel_adapter_n_pairs(model); i++) {
         uint32_t k, n;
         keel_adapter_pair_shape(model, i, &k, &n);
-        bytes += targets >> keel_adapter_pair_target(model, i) & 1 ? pair_bytes(rank, k, n) : 0;
+        bytes += keel_adapter_pair_wanted(model, i, targets, layers) ? pair_bytes(rank, k, n) : 0;
     }
     return bytes;
 }
@@ -129,7 +135,8 @@ static keel_status new_adapter(keel_adapter **out, const keel_model *model)
     return KEEL_OK;
 }
 
-keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, uint64_t seed)
+keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, const uint8_t *layers,
+                                uint64_t seed)
 {
     keel_status st = KEEL_OK;
     keel_adapter *a = NULL;
@@ -142,7 +149,7 @@ keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t 
     a->rank = rank;
     a->alpha = alpha;
     for (uint32_t i = 0; i < a->n_pairs; i++) {
-        a->pair[i].rank = targets >> keel_adapter_pair_target(model, i) & 1 ? rank : 0;
+        a->pair[i].rank = keel_adapter_pair_wanted(model, i, targets, layers) ? rank : 0;
         a->pair[i].scale = alpha / (float)rank;
     }
     KEEL_TRY(place_pairs(a, model, model->dev));

@@ -190,16 +190,36 @@ static json_t *targets_of(const struct keel_adapter_file *f, const keel_model *m
     return targets;
 }
 
+// Numbers of the layers with an adapter, or null where all have one; beside a tower the whole names say it.
+static json_t *layers_of(const struct keel_adapter_file *f, const keel_model *model)
+{
+    json_t *layers = json_array();
+    for (uint32_t layer = 0; layer < model->cfg.n_layers; layer++) {
+        bool any = false;
+        for (uint32_t k = 0; k < KEEL_N_PROJ; k++) {
+            any = any || f->pair[layer * KEEL_N_PROJ + k].rank > 0;
+        }
+        if (any) {
+            json_array_append_new(layers, json_integer(layer));
+        }
+    }
+    if (json_array_size(layers) < model->cfg.n_layers && !has_vision(f, model)) {
+        return layers;
+    }
+    json_decref(layers);
+    return json_null();
+}
+
 static keel_status write_config(const struct keel_adapter_file *f, const keel_model *model, const char *folder)
 {
     keel_status st = KEEL_OK;
     char path[4200];
     struct keel_file_out out = { 0 };
-    json_t *targets = targets_of(f, model);
-    json_t *v = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:s, s:b, s:b, s:b, s:b, s:n, s:n, s:{}, s:{}, s:O}", "peft_type", "LORA",
+    json_t *targets = targets_of(f, model), *layers = layers_of(f, model);
+    json_t *v = json_pack("{s:s, s:s, s:s, s:i, s:f, s:f, s:s, s:b, s:b, s:b, s:b, s:n, s:O, s:{}, s:{}, s:O}", "peft_type", "LORA",
                           "task_type", "CAUSAL_LM", "base_model_name_or_path", model->info.name, "r", (int)f->rank, "lora_alpha",
                           (double)f->alpha, "lora_dropout", 0.0, "bias", "none", "inference_mode", 1, "use_rslora", 0, "use_dora", 0,
-                          "fan_in_fan_out", 0, "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern",
+                          "fan_in_fan_out", 0, "modules_to_save", "layers_to_transform", layers, "rank_pattern", "alpha_pattern",
                           "target_modules", targets);
     if (!v) {
         KEEL_FAIL(model->log, KEEL_ERR_NO_MEMORY, "%s: no memory for adapter_config.json", folder);
@@ -212,6 +232,7 @@ out:
     keel_file_abort(&out);
     json_decref(v);
     json_decref(targets);
+    json_decref(layers);
     return st;
 }
 

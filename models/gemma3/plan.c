@@ -126,6 +126,34 @@ static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uin
     }
 }
 
+static keel_status plan_training(struct keel_plan *out, const keel_model *model, const struct keel_plan_params *p)
+{
+    keel_status st = KEEL_OK;
+    uint32_t targets;
+    uint8_t *layers = NULL;
+    KEEL_TRY(keel_targets_parse(p->targets, &targets, model->log));
+    if (p->layers) {
+        layers = calloc(model->cfg.n_layers, 1);
+        KEEL_TRY(layers ? keel_layers_parse(p->layers, layers, model->cfg.n_layers, model->log) : KEEL_ERR_NO_MEMORY);
+    }
+    const uint64_t lora = keel_adapter_bytes(model, p->train_rank, targets, layers);
+    row(out, "LoRA weights", lora, false);
+    row(out, "LoRA gradients", lora, false);
+    row(out, "AdamW moments", 2 * lora, false);
+    row(out, "adapter on its way to disk", lora, true);
+    keel_trainer_plan(model, p->train_tokens, p->train_row, p->train_rank, out, row);
+    if (p->images) {
+        plan_images(out, &model->cfg, p->train_tokens);
+    }
+    if (model->vision && (targets & KEEL_VISION_TARGETS)) {
+        row(out, "vision weights", keel_siglip_weight_bytes(model->vision), false);
+        row(out, "vision activations, gradients", keel_vision_trainer_bytes(model->vision, p->train_rank), false);
+    }
+out:
+    free(layers);
+    return st;
+}
+
 keel_status keel_model_plan(const keel_model *model, const struct keel_plan_params *params, struct keel_plan *out)
 {
     const struct keel_gemma3 *c = &model->cfg;
@@ -138,23 +166,9 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
         plan_session(out, c, params->n_ctx, params->n_batch ? params->n_batch : 256, params->images);
     }
     if (params->train_rank > 0) {
-        uint32_t targets;
-        const keel_status st = keel_targets_parse(params->targets, &targets, model->log);
+        const keel_status st = plan_training(out, model, params);
         if (st != KEEL_OK) {
             return st;
-        }
-        const uint64_t lora = keel_adapter_bytes(model, params->train_rank, targets);
-        row(out, "LoRA weights", lora, false);
-        row(out, "LoRA gradients", lora, false);
-        row(out, "AdamW moments", 2 * lora, false);
-        row(out, "adapter on its way to disk", lora, true);
-        keel_trainer_plan(model, params->train_tokens, params->train_row, params->train_rank, out, row);
-        if (params->images) {
-            plan_images(out, c, params->train_tokens);
-        }
-        if (model->vision && (targets & KEEL_VISION_TARGETS)) {
-            row(out, "vision weights", keel_siglip_weight_bytes(model->vision), false);
-            row(out, "vision activations, gradients", keel_vision_trainer_bytes(model->vision, params->train_rank), false);
         }
     }
     row(out, "tokenizer and program", 64ull * c->vocab + (UINT64_C(12) << 20), true);

@@ -91,7 +91,7 @@ static keel_status train_open(struct rig *r, struct bench *b)
     const uint32_t tokens = b->p.train_rows * b->p.train_row;
     void *zero = NULL;
     KEEL_TRY(keel_targets_parse("all", &targets, b->log));
-    KEEL_TRY(keel_adapter_create(&r->adapter, b->model, b->p.rank, (float)b->p.rank * 2.0f, targets, 1));
+    KEEL_TRY(keel_adapter_create(&r->adapter, b->model, b->p.rank, (float)b->p.rank * 2.0f, targets, NULL, 1));
     KEEL_TRY(keel_heap_create(&r->heap, b->dev, KEEL_HEAP_DEVICE, "gradients"));
     KEEL_TRY(keel_heap_alloc(r->heap, r->adapter->params.bytes, &r->grads));
     zero = calloc(1, r->grads.bytes);

@@ -9,7 +9,7 @@ struct info_args {
     struct common common;
     bool json;
     uint32_t ctx, rank, batch, seq_len;
-    const char *targets;
+    const char *targets, *layers;
     struct arg_list words;
 };
 
@@ -109,7 +109,7 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
                                   .images = a->common.mmproj != NULL };
     if (train) {
         p = (struct keel_plan_params){
-            .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets,
+            .layers = a->layers, .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets,
             .images = a->common.mmproj != NULL
         };
     }
@@ -185,6 +185,7 @@ static const struct arg_option options[] = {
       .help = "of so many tokens" },
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
       .help = "projections that get an adapter" },
+    { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "LIST", .help = "and layers that do; all if not given" },
     OPTIONS_LOG,
 };
 const struct arg_command cmd_info = {

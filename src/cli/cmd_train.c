@@ -11,7 +11,7 @@
 struct train_args {
     struct common common;
     struct arg_list data;
-    const char *out, *targets, *schedule, *optimizer, *init_adapter, *resume, *log;
+    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log;
     uint32_t rank, warmup, batch, accum, seq_len;
     uint64_t steps, seed, save_every;
     double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip;
@@ -108,7 +108,7 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
     struct keel_train_result result;
     struct train_progress p = { .line = { .what = "train", .unit = "steps", .off = a->common.quiet } };
     struct keel_train_params params = {
-        .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets,
+        .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets, .layers = a->layers,
         .lr = a->lr, .schedule = a->schedule, .warmup = a->warmup, .steps = a->steps, .epochs = a->epochs, .batch = a->batch,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
         .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
@@ -180,6 +180,8 @@ static const struct arg_option options[] = {
       .help = "scale is alpha / rank; 0: twice the rank" },
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
       .help = "attn_q,attn_k,attn_v,attn_output,ffn_gate,ffn_up,ffn_down, or all; vision.* or vision.NAME with --mmproj" },
+    { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "LIST",
+      .help = "layers of the language model that get an adapter, like 0-11 or 1,4-6; all if not given" },
     { .name = "--init-adapter", .type = ARG_STR, .offset = AT(init_adapter), .value = "A", .help = "start from this adapter" },
     { .name = "--lora", .type = ARG_LIST, .offset = OPT_COMMON(lora), .value = "A[:SCALE]",
       .help = "train on top of this adapter, which stays as it is and is not part of --out" },

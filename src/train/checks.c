@@ -48,6 +48,22 @@ out:
     return st;
 }
 
+static keel_status check_layers(struct keel_train_run *r)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t n = keel_model_info(r->model)->n_layers;
+    if (!r->p->layers) {
+        return KEEL_OK;
+    }
+    r->layers = calloc(n, sizeof *r->layers);
+    if (!r->layers) {
+        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for a list of %u layers", n);
+    }
+    KEEL_TRY(keel_layers_parse(r->p->layers, r->layers, n, r->log));
+out:
+    return st;
+}
+
 keel_status keel_train_check_params(struct keel_train_run *r)
 {
     const struct keel_train_params *p = r->p;
@@ -67,6 +83,7 @@ keel_status keel_train_check_params(struct keel_train_run *r)
                   context);
     }
     KEEL_TRY(keel_targets_parse(p->targets, &r->targets, r->log));
+    KEEL_TRY(check_layers(r));
     if (p->n_frozen > KEEL_MAX_FROZEN) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "--lora: %zu adapters, at most %d can be in force while training; merge some (keel merge)",
                   p->n_frozen, KEEL_MAX_FROZEN);
@@ -160,7 +177,8 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
                                            .train_tokens = (uint32_t)tokens,
                                            .train_row = r->set.longest,
                                            .images = r->p->images != NULL,
-                                           .targets = r->p->targets };
+                                           .targets = r->p->targets,
+                                           .layers = r->p->layers };
     KEEL_TRY(keel_model_plan(r->model, &want, &plan));
     for (uint32_t i = 0; i < plan.n_rows; i++) {
         keel_text_addf(&table, "\n  %-28s %9.1f MB%s", plan.row[i].what, (double)plan.row[i].bytes / 1e6,

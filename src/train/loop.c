@@ -173,6 +173,7 @@ static void run_finish(struct keel_train_run *r)
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
     free(r->seqs);
+    free(r->layers);
     free(r->state_dir);
     free(r->state_path);
     free(r);

@@ -20,6 +20,7 @@ struct keel_train_run {
     struct keel_row_order order;
     enum keel_schedule schedule;
     uint32_t targets;
+    uint8_t *layers; // [n_layers of the model] that are trained; NULL: all
     uint64_t images_hash; // 0: no images
     float alpha;
     uint64_t n_steps, per_step, all_rows; // rows of a full step; rows of the whole run

@@ -45,6 +45,7 @@ static void collect_options(struct keel_train_run *r)
     option_add(r, "--rank", "%u", p->rank);
     option_add(r, "--alpha", "%.9g", (double)r->alpha);
     option_add(r, "--targets", "%s", p->targets);
+    option_add(r, "--layers", "%s", p->layers ? p->layers : "all");
     option_add(r, "--lr", "%.17g", p->lr);
     option_add(r, "--schedule", "%s", p->schedule);
     option_add(r, "--warmup", "%u", p->warmup);
@@ -110,13 +111,13 @@ static keel_status load_initial_adapter(struct keel_train_run *r)
                   "%s: changes the vision tower too; give --mmproj and the targets it was trained with", path);
     }
     for (uint32_t i = 0; i < a->n_pairs; i++) {
-        const bool wanted = (r->targets >> keel_adapter_pair_target(r->model, i)) & 1;
+        const bool wanted = keel_adapter_pair_wanted(r->model, i, r->targets, r->layers);
         const uint32_t rank = a->pair[i].rank;
         if (rank != (wanted ? r->p->rank : 0)) {
             char name[64];
             keel_adapter_pair_name(r->model, i, name);
             KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
-                      "%s: its rank for %s is %u, but --rank and --targets ask for %u; give the "
+                      "%s: its rank for %s is %u, but --rank, --targets and --layers ask for %u; give the "
                       "options it was trained with",
                       path, name, rank, wanted ? r->p->rank : 0);
         }
@@ -148,7 +149,7 @@ keel_status keel_train_create_buffers(struct keel_train_run *r)
     if (r->p->init_adapter) {
         KEEL_TRY(load_initial_adapter(r));
     } else {
-        KEEL_TRY(keel_adapter_create(&r->adapter, r->model, r->p->rank, r->alpha, r->targets, r->p->seed));
+        KEEL_TRY(keel_adapter_create(&r->adapter, r->model, r->p->rank, r->alpha, r->targets, r->layers, r->p->seed));
     }
     const uint64_t bytes = r->adapter->n_floats * sizeof(float);
     s->dev = r->dev;

@@ -83,7 +83,7 @@ struct keel_plan_params {
     uint32_t train_rank; // 0: no training
     uint32_t train_tokens; // tokens of one micro-batch (batch × longest row)
     uint32_t train_row;    // longest row
-    const char *targets; // as keel_train_params.targets
+    const char *targets, *layers; // as in keel_train_params
     bool images;         // rows or prompts with images: room for their soft tokens
 };
 struct keel_plan_row {

@@ -34,6 +34,8 @@ struct keel_train_params {
     // Comma-separated names of projections (attn_q, ..., ffn_down), or "all" of them; and of the tower of `images`: "vision.*", or
     // vision.attn_q, attn_k, attn_v, attn_out, ffn_up, ffn_down, proj (the projector). Whole names only.
     const char *targets;
+    const char *layers;       // layers of the language model that get an adapter, as in keel_layers_parse(); NULL: all. What is below the
+                              // lowest of them costs no backward pass
     double lr;
     const char *schedule;     // "constant", "linear" or "cosine", to 0 at the last step
     uint32_t warmup;          // steps of linear rise from 0
