@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // tests/op_test.h: the harness of the op tests: runs one op on one case, under each clamp profile, and compares it with
-// tests/ref within a stated budget.
+// src/ref within a stated budget.
 //
 // A case is: op_begin(), buffers, op_run(). Every buffer stands between guard words; outputs start as NaN unless they are
 // added to; each case runs twice and must give the same bits; inputs must come back unchanged.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// tests/ref/ref_vision.c: the ops that only the vision tower uses: LayerNorm, plain GELU, biases, pooling. See ref.h.
+// src/ref/ref_vision.c: the ops that only the vision tower uses: LayerNorm, plain GELU, biases, pooling. See ref.h.
 #include "ref.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// tests/ref/ref.c: the ops in double precision. Each function is the formula of ops.h written out, one loop an index.
+// src/ref/ref.c: the ops in double precision. Each function is the formula of ops.h written out, one loop an index.
 // Backward passes are derived by hand and checked against central differences in ref_test.c.
 #include "ref.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// tests/ref/ref.h: every op of ops.h and its backward in double precision and plain loops: the specification that the
+// src/ref/ref.h: every op of ops.h and its backward in double precision and plain loops: the specification that the
 // shaders are tested against. Slow on purpose; nothing here is shared with the code under test, dequantisation included.
 //
 // Letters as in ops.h: T tokens, N outputs, K inputs, D width, H query heads, G key/value heads, d head size, V vocabulary,

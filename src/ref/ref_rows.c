@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// tests/ref/ref_rows.c: ops on marked rows: steering, products with directions, running sums. See ref.h.
+// src/ref/ref_rows.c: ops on marked rows: steering, products with directions, running sums. See ref.h.
 #include "ref.h"
 
 #include <math.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// tests/ref/ref_quant.c: dequantisation element by element from the byte offsets of GGML's blocks: the second opinion beside
+// src/ref/ref_quant.c: dequantisation element by element from the byte offsets of GGML's blocks: the second opinion beside
 // keel_dequantize(). For element i of a block it answers: which scale, which minimum, which quant.
 // Source: llama.cpp ggml/src/ggml-common.h (block layouts) and ggml-quants.c (dequantize_row_*).
 #include "ref.h"
