@@ -473,6 +473,11 @@ void keel_device_memory(const keel_device *dev, uint64_t *now, uint64_t *peak)
     *peak = dev->bytes_peak;
 }
 
+void keel_device_reset_peak(keel_device *dev)
+{
+    dev->bytes_peak = dev->bytes_now;
+}
+
 uint32_t keel_device_validation_count(const keel_device *dev)
 {
     return atomic_load(&dev->validation);

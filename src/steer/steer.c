@@ -88,10 +88,19 @@ out:
     return st;
 }
 
-static double length(const float *v, uint32_t n)
+keel_status keel_steer_file(char **path, const char *words, const keel_log *log)
+{
+    struct spec s;
+    const keel_status st = parse(&s, words, log);
+    *path = st == KEEL_OK ? strdup(s.path) : NULL;
+    free(s.text);
+    return st != KEEL_OK ? st : *path ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+}
+
+double keel_direction_length(const float *v, uint32_t width)
 {
     double sum = 0;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < width; i++) {
         sum += (double)v[i] * (double)v[i];
     }
     return sqrt(sum);
@@ -108,7 +117,7 @@ static keel_status add_layer(keel_hooks *hooks, const struct spec *s, const stru
             KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: %s does not say how long activations of layer %u are, so %% of it means nothing; give a "
                       "plain coefficient", s->words, s->path, a->layer);
         }
-        const double unit = s->op == KEEL_HOOK_ADD ? length(a->v, d->width) : 1; // limits are for unit directions already
+        const double unit = s->op == KEEL_HOOK_ADD ? keel_direction_length(a->v, d->width) : 1; // limits are for unit directions already
         p.amount = (float)(s->amount / 100 * a->median_norm / unit);
     }
     if (s->op == KEEL_HOOK_ADD && a->k > 1) {
@@ -208,7 +217,7 @@ static keel_status upload_units(struct dots *l, const struct keel_direction *a, 
 {
     float *u = malloc((size_t)a->k * width * sizeof *u);
     for (uint32_t j = 0; u && j < a->k; j++) {
-        const double norm = length(a->v + (size_t)j * width, width);
+        const double norm = keel_direction_length(a->v + (size_t)j * width, width);
         for (uint32_t c = 0; c < width; c++) {
             u[(size_t)j * width + c] = (float)((double)a->v[(size_t)j * width + c] / (norm > 0 ? norm : 1));
         }

@@ -78,6 +78,7 @@ KEEL_API keel_status keel_device_measure(keel_device *dev);
 
 // Memory held now and the highest so far, in bytes of device memory.
 KEEL_API void keel_device_memory(const keel_device *dev, uint64_t *now, uint64_t *peak);
+KEEL_API void keel_device_reset_peak(keel_device *dev); // the highest from now on
 // Number of validation messages since creation; 0 without `validate`.
 KEEL_API uint32_t keel_device_validation_count(const keel_device *dev);
 // Longest single submission since creation in nanoseconds, by the device's clock where it has one, else from submission to

@@ -99,6 +99,8 @@ struct keel_directions {
 };
 KEEL_API void keel_directions_finish(struct keel_directions *d); // frees; accepts all-zero
 
+KEEL_API double keel_direction_length(const float *v, uint32_t width); // |v|
+
 struct keel_direction_params {
     const char *method; // "mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd"
     uint32_t k;         // svd: directions; otherwise 1
@@ -123,6 +125,9 @@ KEEL_API keel_status keel_directions_read(struct keel_directions *out, const cha
 // (positions), site (pre, post, attn, mlp; otherwise the file's).
 // Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made with another model.
 KEEL_API keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words);
+
+// The file that such words name; belongs to the caller (free()). Errors: ARG, NO_MEMORY.
+KEEL_API keel_status keel_steer_file(char **path, const char *words, const keel_log *log);
 
 // Projections of the captured tokens of each row on the unit directions: mean [n_rows, d->n, max k], NaN beyond a layer's k. As
 // keel_capture_run() otherwise.
