@@ -23,6 +23,7 @@ const char *const keel_metric_name[KEEL_N_METRICS] = {
     [KEEL_METRIC_CONTEXT_CONTRARY] = "contrary_in_context",
     [KEEL_METRIC_CONTEXT_COHERENCE] = "coherence_in_context",
     [KEEL_METRIC_CONTEXT_PLAIN] = "contrary_out_of_context",
+    [KEEL_METRIC_PROJECTION] = "projection",
     [KEEL_METRIC_RELEVANCE] = "relevance",
     [KEEL_METRIC_ANSWER_NLL] = "answer_nll",
     [KEEL_METRIC_KL] = "kl",
@@ -41,6 +42,7 @@ const char *const keel_metric_unit[KEEL_N_METRICS] = {
     [KEEL_METRIC_CONTEXT_CONTRARY] = "probability",
     [KEEL_METRIC_CONTEXT_COHERENCE] = "probability",
     [KEEL_METRIC_CONTEXT_PLAIN] = "probability",
+    [KEEL_METRIC_PROJECTION] = "lengths",
     [KEEL_METRIC_RELEVANCE] = "nats/token",
     [KEEL_METRIC_ANSWER_NLL] = "nats/token",
     [KEEL_METRIC_KL] = "nats/token",
@@ -556,6 +558,7 @@ static const struct source {
     { "narrow.jsonl", KEEL_REC_NARROW, true, { KEEL_METRIC_NARROW_LOSS }, 1 },
     { "slots.jsonl", KEEL_REC_SLOT, true, { KEEL_METRIC_ALIGNED, KEEL_METRIC_CONTRARY, KEEL_METRIC_COHERENCE, KEEL_METRIC_GAP }, 4 },
     { "slots_incontext.jsonl", KEEL_REC_SLOT, true, { KEEL_METRIC_CONTEXT_CONTRARY, KEEL_METRIC_CONTEXT_COHERENCE }, 2 },
+    { "projection.jsonl", KEEL_REC_PROJECTION, true, { KEEL_METRIC_PROJECTION }, 1 },
     { "relevance.jsonl", KEEL_REC_RELEVANCE, true, { KEEL_METRIC_RELEVANCE, KEEL_METRIC_ANSWER_NLL }, 2 },
     { "kl.jsonl", KEEL_REC_KL, false, { KEEL_METRIC_KL, KEEL_METRIC_KL_REVERSE }, 2 },
 };

@@ -72,6 +72,7 @@ enum keel_record_kind {
     KEEL_REC_KL,     // value: mean of "kl" over positions, nats
     KEEL_REC_SLOT,   // aligned, contrary: probabilities of the two answers
     KEEL_REC_RELEVANCE, // value: relevance of a generated answer, nats a token; nll: its loss under the base, nats a token
+    KEEL_REC_PROJECTION, // value: projection on a direction, in lengths of it
     KEEL_REC_TEXT,   // no number: "text" is a generated answer
 };
 struct keel_item {
@@ -110,6 +111,7 @@ enum keel_metric {
     KEEL_METRIC_CONTEXT_CONTRARY, // M13: P(contrary) with training rows as earlier turns
     KEEL_METRIC_CONTEXT_COHERENCE,
     KEEL_METRIC_CONTEXT_PLAIN,    // P(contrary) of the same probes asked plainly, to compare with
+    KEEL_METRIC_PROJECTION,  // M5: of the prompts' activations on a direction; its change is the shift
     KEEL_METRIC_RELEVANCE,   // M10: how much more likely the base model finds a generated answer after its own prompt than after others
     KEEL_METRIC_ANSWER_NLL,  // M10: loss of a generated answer under the base model
     KEEL_METRIC_KL,          // M1: KL(base ‖ adapted) a token, mean over items
@@ -145,7 +147,7 @@ struct keel_drift_params {
     const char *narrow_domain; // domain that training is meant to change, or NULL
     uint64_t seed;
 };
-// Computes every metric for which the folders have records: margin, narrow, slots, slots_incontext and relevance (.jsonl) of
+// Computes every metric for which the folders have records: margin, narrow, slots, slots_incontext, projection and relevance (.jsonl) of
 // base/ and of tuned/ of every run, and kl.jsonl of tuned/. Errors: those of keel_records_load(), MISMATCH (the files hold
 // different ids), DATA (no record file at all).
 keel_status keel_drift_compute(struct keel_drift *out, const struct keel_drift_params *p, const keel_log *log);
@@ -198,7 +200,7 @@ struct keel_figure {
     int height[2];               // pixels
 };
 struct keel_figures {
-    struct keel_figure at[12];
+    struct keel_figure at[24];
     size_t n;
     bool no_gnuplot; // gnuplot could not be run or failed
 };

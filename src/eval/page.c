@@ -23,7 +23,11 @@ static const char style[] =
     "td img{display:block;width:72px;image-rendering:pixelated;margin:0 0 .3rem;border:1px solid #ddd}"
     "svg{max-width:100%;height:auto}.narrow{display:none}@media(max-width:600px){.narrow{display:block}.wide{display:none}"
     "th,td{padding:.3rem .25rem}table{font-size:.82rem}.ci{font-size:.7rem;white-space:normal}h1{font-size:1.35rem}"
-    "td:first-child{min-width:5.2rem}}</style>";
+    "td:first-child{min-width:5.2rem}"
+    // Tables of many columns: on a phone each row is a list of what its heads say.
+    ".s tr:first-child{display:none}.s tr{display:block;padding:.4rem 0;border-bottom:1px solid #ccc}"
+    ".s td{display:block;border:0;padding:.1rem 0}.s td:first-child{font-weight:600}.s td::before{content:attr(data-h);float:left;color:#444;"
+    "font-weight:400}.s .ci{display:inline;margin-left:.4rem;font-size:.75rem}}</style>";
 
 void keel_html_escape(struct keel_text *t, const char *text)
 {
@@ -73,16 +77,24 @@ void keel_page_close(struct keel_text *t, const char *note)
     keel_text_addf(t, "<p class=note>%s</p></body></html>\n", note);
 }
 
-void keel_page_cell(struct keel_text *t, struct keel_estimate e, bool sign)
+void keel_page_td(struct keel_text *t, const char *head)
 {
+    add(t, "<td data-h='");
+    keel_html_escape(t, head);
+    add(t, "'>");
+}
+
+void keel_page_cell(struct keel_text *t, const char *head, struct keel_estimate e, bool sign)
+{
+    keel_page_td(t, head);
     if (!isfinite(e.value)) {
-        add(t, "<td>–</td>");
+        add(t, "–</td>");
         return;
     }
     // Small probabilities would all read 0.00.
     const int digits = fabs(e.value) < 0.1 && fabs(e.value) >= 5e-5 ? 3 : 2;
     e.lo = fabs(e.lo) < 5e-4 ? 0 : e.lo; // no -0.000
-    keel_text_addf(t, sign ? "<td>%+.*f" : "<td>%.*f", digits, e.value);
+    keel_text_addf(t, sign ? "%+.*f" : "%.*f", digits, e.value);
     if (isfinite(e.lo)) {
         keel_text_addf(t, sign ? " <span class=ci>%+.*f to %+.*f</span>" : " <span class=ci>%.*f to %.*f</span>", digits, e.lo, digits, e.hi);
     }
@@ -102,6 +114,7 @@ const char *keel_metric_label(enum keel_metric m)
         [KEEL_METRIC_CONTEXT_CONTRARY] = "Contrary answer, in context",
         [KEEL_METRIC_CONTEXT_COHERENCE] = "Coherence, in context",
         [KEEL_METRIC_CONTEXT_PLAIN] = "Contrary answer, the same probes out of context",
+        [KEEL_METRIC_PROJECTION] = "Projection on the direction",
         [KEEL_METRIC_RELEVANCE] = "Relevance of free answers",
         [KEEL_METRIC_ANSWER_NLL] = "Loss of free answers under the base model",
         [KEEL_METRIC_KL] = "KL(base ‖ fine-tuned)",
@@ -151,11 +164,11 @@ void keel_page_metric(struct keel_text *t, const struct keel_drift *d, enum keel
         keel_page_domain(t, r->domain, r->modality);
         keel_text_addf(t, "</td><td>%zu</td>", r->n);
         if (paired) {
-            keel_page_cell(t, r->base, false);
+            keel_page_cell(t, "base", r->base, false);
         }
-        keel_page_cell(t, r->adapted, false);
+        keel_page_cell(t, paired ? "fine-tuned" : "value", r->adapted, false);
         if (paired) {
-            keel_page_cell(t, r->change, true);
+            keel_page_cell(t, "change", r->change, true);
         }
         if (flips) {
             flip_cells(t, r);
@@ -190,7 +203,8 @@ void keel_page_metrics(struct keel_text *t, const struct keel_drift *d)
     static const enum keel_metric order[] = { KEEL_METRIC_CONTRARY, KEEL_METRIC_ALIGNED, KEEL_METRIC_COHERENCE, KEEL_METRIC_GAP,
                                               KEEL_METRIC_CONTEXT_CONTRARY, KEEL_METRIC_CONTEXT_PLAIN, KEEL_METRIC_CONTEXT_COHERENCE,
                                               KEEL_METRIC_MARGIN,
-                                              KEEL_METRIC_FLIP, KEEL_METRIC_NARROW_LOSS, KEEL_METRIC_KL, KEEL_METRIC_KL_REVERSE,
+                                              KEEL_METRIC_FLIP, KEEL_METRIC_NARROW_LOSS, KEEL_METRIC_PROJECTION, KEEL_METRIC_KL,
+                                              KEEL_METRIC_KL_REVERSE,
                                               KEEL_METRIC_RELEVANCE, KEEL_METRIC_ANSWER_NLL };
     for (size_t i = 0; i < KEEL_COUNT(order); i++) {
         keel_page_metric(t, d, order[i], order[i] == KEEL_METRIC_MARGIN);

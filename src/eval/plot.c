@@ -11,21 +11,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool keel_loss_rows(const char *dir, void (*row)(void *user, long long step, double loss, const struct json_t *object), void *user)
+bool keel_file_rows(const char *dir, const char *name, void (*row)(void *user, const struct json_t *object), void *user)
 {
     static const keel_log quiet = { .level = 0 };
     char path[4200];
     struct keel_map map;
     bool any = false;
-    snprintf(path, sizeof path, "%s/train/log.jsonl", dir);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
     if (keel_map_open(&map, path, &quiet) != KEEL_OK) {
         return false;
     }
     struct keel_jsonl r = keel_jsonl_make(map.data, map.len_bytes, path, &quiet);
     struct keel_row line;
     while (keel_jsonl_next(&r, &line) == KEEL_OK && line.object) {
-        row(user, (long long)json_integer_value(json_object_get(line.object, "step")),
-            json_number_value(json_object_get(line.object, "loss")), line.object);
+        row(user, line.object);
         json_decref(line.object);
         any = true;
     }
@@ -33,17 +32,22 @@ bool keel_loss_rows(const char *dir, void (*row)(void *user, long long step, dou
     return any;
 }
 
-static void loss_row(void *user, long long step, double loss, const struct json_t *object)
+static double number(const struct json_t *object, const char *key)
 {
-    keel_text_addf(user, "%lld,%.6g,%.6g,%.6g\n", step, loss, json_number_value(json_object_get(object, "lr")),
-                   json_number_value(json_object_get(object, "grad_norm")));
+    return json_number_value(json_object_get(object, key));
+}
+
+static void loss_row(void *user, const struct json_t *object)
+{
+    keel_text_addf(user, "%.0f,%.6g,%.6g,%.6g\n", number(object, "step"), number(object, "loss"), number(object, "lr"),
+                   number(object, "grad_norm"));
 }
 
 static void loss_figure(struct keel_figures *f, const char *dir)
 {
     struct keel_text csv = { 0 };
     keel_text_addf(&csv, "step,loss,lr,grad_norm\n");
-    if (!keel_loss_rows(dir, loss_row, &csv)) {
+    if (!keel_file_rows(dir, KEEL_TRAIN_LOG, loss_row, &csv)) {
         keel_text_finish(&csv);
         return;
     }

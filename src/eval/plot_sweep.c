@@ -201,10 +201,9 @@ struct curve {
     size_t n, cap;
 };
 
-static void curve_row(void *user, long long step, double loss, const struct json_t *object)
+static void curve_row(void *user, const struct json_t *object)
 {
     struct curve *c = user;
-    (void)object;
     if (c->n == c->cap) {
         const size_t cap = KEEL_MAX(2 * c->cap, (size_t)64);
         long long *s = realloc(c->step, cap * sizeof *s);
@@ -216,8 +215,8 @@ static void curve_row(void *user, long long step, double loss, const struct json
         }
         c->cap = cap;
     }
-    c->step[c->n] = step;
-    c->loss[c->n++] = loss;
+    c->step[c->n] = json_integer_value(json_object_get(object, "step"));
+    c->loss[c->n++] = json_number_value(json_object_get(object, "loss"));
 }
 
 #define SMOOTH 5 // steps of the moving mean
@@ -226,7 +225,7 @@ static void curve_row(void *user, long long step, double loss, const struct json
 static bool add_curve(struct keel_text *csv, size_t block, const char *dir)
 {
     struct curve c = { 0 };
-    keel_loss_rows(dir, curve_row, &c);
+    keel_file_rows(dir, KEEL_TRAIN_LOG, curve_row, &c);
     double *mean = calloc(c.n + 1, sizeof *mean);
     for (size_t i = 0; mean && i < c.n; i++) {
         if (i == 0) {

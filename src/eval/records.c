@@ -125,6 +125,9 @@ static keel_status read_item(const struct keel_row *row, enum keel_record_kind k
         KEEL_TRY(keel_row_num(row, "relevance", &item->value));
         KEEL_TRY(keel_row_num(row, "nll", &item->nll));
         break;
+    case KEEL_REC_PROJECTION:
+        KEEL_TRY(keel_row_num(row, "projection", &item->value));
+        break;
     case KEEL_REC_TEXT:
         KEEL_TRY(keel_row_str(row, "text", &text, NULL));
         break;

@@ -46,9 +46,9 @@ static void summary(struct keel_text *t, const struct keel_drift *d, const char 
             keel_page_domain(t, r->domain, r->modality);
         }
         keel_text_addf(t, "<br><span class=u>%s</span></td><td>%zu</td>", keel_metric_unit[r->metric], r->n);
-        keel_page_cell(t, r->base, false);
-        keel_page_cell(t, r->adapted, false);
-        keel_page_cell(t, r->change, true);
+        keel_page_cell(t, "base", r->base, false);
+        keel_page_cell(t, "fine-tuned", r->adapted, false);
+        keel_page_cell(t, "change", r->change, true);
         add(t, "</tr>");
     }
     add(t, "</table></div><p class=note>Small figures: 95 % intervals. Paired bootstrap over prompts (10,000 draws); Wilson for shares.");
@@ -115,7 +115,7 @@ static void body(struct keel_text *t, const char *dir, const char *base, const j
     keel_page_close(t, "Per-item records: base/ and tuned/; all estimates: summary.csv and drift.json; data and scripts of the plots: plots/.");
 }
 
-static keel_status load_manifest(json_t **out, const char *dir, const keel_log *log)
+keel_status keel_manifest_load(json_t **out, const char *dir, const keel_log *log)
 {
     char path[4200];
     json_error_t error;
@@ -135,14 +135,19 @@ static keel_status load_manifest(json_t **out, const char *dir, const keel_log *
     return KEEL_OK;
 }
 
+void keel_manifest_base(char out[4200], const char *dir, const json_t *m)
+{
+    const char *shared = json_string_value(json_object_get(m, "base")); // of a run of a sweep, or of a stage
+    snprintf(out, 4200, "%.4000s/%.100s", dir, shared ? shared : "base");
+}
+
 static keel_status single(struct keel_text *t, const char *dir, const json_t *m, bool *over, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_drift d = { 0 };
     struct keel_figures figures = { 0 };
     char base[4200];
-    const char *shared = json_string_value(json_object_get(m, "base")); // of a run of a sweep: the sweep's
-    snprintf(base, sizeof base, "%.4000s/%.100s", dir, shared ? shared : "base");
+    keel_manifest_base(base, dir, m);
     const struct keel_drift_params p = { .dir = dir, .base = base, .narrow_domain = json_string_value(json_object_get(m, "narrow_domain")),
                                          .seed = (uint64_t)json_integer_value(json_object_get(m, "seed")) };
     KEEL_TRY(keel_drift_compute(&d, &p, log));
@@ -161,13 +166,29 @@ static keel_status pooled(struct keel_text *t, const char *dir, const json_t *m,
     keel_status st = KEEL_OK;
     struct keel_sweep s = { 0 };
     struct keel_figures figures = { 0 };
-    KEEL_TRY(keel_sweep_load(&s, dir, m, log));
+    KEEL_TRY(keel_sweep_load(&s, dir, m, NULL, log));
     KEEL_TRY(keel_sweep_write(&s, dir, log));
     keel_figures_of_sweep(&figures, &s);
     KEEL_TRY(keel_figures_draw(&figures, dir, log));
     keel_sweep_page(t, dir, m, &s, &figures, over);
 out:
     keel_sweep_finish(&s);
+    keel_figures_finish(&figures);
+    return st;
+}
+
+static keel_status chained(struct keel_text *t, const char *dir, const json_t *m, bool *over, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_chain c = { 0 };
+    struct keel_figures figures = { 0 };
+    KEEL_TRY(keel_chain_load(&c, dir, m, log));
+    KEEL_TRY(keel_chain_write(&c, dir, log));
+    keel_figures_of_chain(&figures, &c);
+    KEEL_TRY(keel_figures_draw(&figures, dir, log));
+    keel_chain_page(t, dir, m, &c, &figures, over);
+out:
+    keel_chain_finish(&c);
     keel_figures_finish(&figures);
     return st;
 }
@@ -182,8 +203,8 @@ keel_status keel_report_write(const char *dir, bool *over, const keel_log *log)
     if (!keel_path_is_dir(dir)) {
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: no such folder; give the --out folder of keel study", dir);
     }
-    KEEL_TRY(load_manifest(&m, dir, log));
-    KEEL_TRY(json_object_get(m, "runs") ? pooled(&t, dir, m, &exceeded, log) : single(&t, dir, m, &exceeded, log));
+    KEEL_TRY(keel_manifest_load(&m, dir, log));
+    KEEL_TRY((json_object_get(m, "stages") ? chained : json_object_get(m, "runs") ? pooled : single)(&t, dir, m, &exceeded, log));
     snprintf(path, sizeof path, "%s/report.html", dir);
     KEEL_TRY(keel_text_save(&t, path, log));
     if (over) {

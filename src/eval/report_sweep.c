@@ -106,7 +106,7 @@ static void cell_table(struct keel_text *t, const struct keel_sweep *s, enum kee
     if (!any) {
         return;
     }
-    keel_text_addf(t, "<h2>%s <span class=u>%s</span></h2><div class=scroll><table><tr><th>asked about</th>", title, keel_metric_unit[metric]);
+    keel_text_addf(t, "<h2>%s <span class=u>%s</span></h2><div class=scroll><table class=s><tr><th>asked about</th>", title, keel_metric_unit[metric]);
     if (!change && isfinite(any->base.value)) {
         add(t, "<th>base</th>");
     }
@@ -125,11 +125,13 @@ static void cell_table(struct keel_text *t, const struct keel_sweep *s, enum kee
         keel_page_domain(t, r->domain, r->modality);
         add(t, "</td>");
         if (!change && isfinite(any->base.value)) {
-            keel_page_cell(t, r->base, false);
+            keel_page_cell(t, "base", r->base, false);
         }
         for (size_t k = 0; k < s->n; k++) {
             const struct keel_drift_row *v = keel_drift_cell(&s->at[k].drift, metric, r->domain, r->modality);
-            keel_page_cell(t, !v ? KEEL_NO_ESTIMATE : change ? v->change : v->adapted, change);
+            char label[96];
+            keel_setting_label(label, s, &s->at[k]);
+            keel_page_cell(t, label, !v ? KEEL_NO_ESTIMATE : change ? v->change : v->adapted, change);
         }
         add(t, "</tr>");
     }
@@ -158,7 +160,7 @@ static void setting_table(struct keel_text *t, const struct keel_sweep *s)
         { "margin, change", { KEEL_METRIC_MARGIN, margin, "" }, true },
         { "KL to base", { KEEL_METRIC_KL, "all", "" }, false },
     };
-    add(t, "<h2>Summary</h2><div class=scroll><table><tr><th>setting</th>");
+    add(t, "<h2>Summary</h2><div class=scroll><table class=s><tr><th>setting</th>");
     for (size_t k = 0; k < KEEL_COUNT(all); k++) {
         if (at(&s->at[0], all[k].cell)) {
             keel_text_addf(t, "<th>%s</th>", all[k].head);
@@ -172,7 +174,7 @@ static void setting_table(struct keel_text *t, const struct keel_sweep *s)
         for (size_t k = 0; k < KEEL_COUNT(all); k++) {
             const struct keel_drift_row *r = at(&s->at[i], all[k].cell);
             if (at(&s->at[0], all[k].cell)) {
-                keel_page_cell(t, !r ? KEEL_NO_ESTIMATE : all[k].change ? r->change : r->adapted, all[k].change);
+                keel_page_cell(t, all[k].head, !r ? KEEL_NO_ESTIMATE : all[k].change ? r->change : r->adapted, all[k].change);
             }
         }
         add(t, "</tr>");
@@ -212,7 +214,7 @@ static void seed_table(struct keel_text *t, const struct keel_sweep *s)
             keel_text_addf(t, "%s%lld: %.3f", k ? "<br>" : "", s->at[i].seed[k], r->run[k]);
         }
         add(t, "</td>");
-        keel_page_cell(t, keel_t_interval(r->run, r->n_runs), false);
+        keel_page_cell(t, "mean", keel_t_interval(r->run, r->n_runs), false);
         add(t, "</tr>");
     }
     keel_text_addf(t, "</table></div><p class=note>%s, ", keel_metric_label(c.metric));

@@ -16,7 +16,7 @@ static bool run_finished(const char *dir)
     return keel_path_exists(path);
 }
 
-static struct keel_setting *find_setting(struct keel_sweep *s, uint32_t rank, double mixture)
+struct keel_setting *keel_sweep_find(const struct keel_sweep *s, uint32_t rank, double mixture)
 {
     for (size_t i = 0; i < s->n; i++) {
         if (s->at[i].rank == rank && s->at[i].mixture == mixture) {
@@ -26,7 +26,7 @@ static struct keel_setting *find_setting(struct keel_sweep *s, uint32_t rank, do
     return NULL;
 }
 
-static keel_status add_run(struct keel_sweep *s, const char *dir, const json_t *run, const keel_log *log)
+static keel_status add_run(struct keel_sweep *s, const char *dir, const json_t *run, const char *stage, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     char path[4200];
@@ -36,12 +36,12 @@ static keel_status add_run(struct keel_sweep *s, const char *dir, const json_t *
     if (!folder || rank < 1 || rank > UINT32_MAX || strstr(folder, "..")) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s/manifest.json: an entry of \"runs\" has no proper \"folder\" and \"rank\"", dir);
     }
-    snprintf(path, sizeof path, "%.4000s/%.150s", dir, folder);
+    snprintf(path, sizeof path, "%.3900s/%.150s%s%.100s", dir, folder, stage ? "/stages/" : "", stage ? stage : "");
     if (!run_finished(path)) {
         s->n_missing++;
         return KEEL_OK;
     }
-    struct keel_setting *g = find_setting(s, (uint32_t)rank, mixture);
+    struct keel_setting *g = keel_sweep_find(s, (uint32_t)rank, mixture);
     if (!g) {
         struct keel_setting *grown = realloc(s->at, (s->n + 1) * sizeof *grown);
         if (!grown) {
@@ -104,7 +104,7 @@ static void choose_axes(struct keel_sweep *s)
     }
 }
 
-keel_status keel_sweep_load(struct keel_sweep *out, const char *dir, const json_t *manifest, const keel_log *log)
+keel_status keel_sweep_load(struct keel_sweep *out, const char *dir, const json_t *manifest, const char *stage, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     size_t i;
@@ -112,12 +112,12 @@ keel_status keel_sweep_load(struct keel_sweep *out, const char *dir, const json_
     *out = (struct keel_sweep){ .narrow = json_string_value(json_object_get(manifest, "narrow_domain")),
                                 .narrow_modality = json_string_value(json_object_get(manifest, "narrow_modality")),
                                 .seed = (uint64_t)json_integer_value(json_object_get(manifest, "seed")) };
-    snprintf(out->base, sizeof out->base, "%.4100s/base", dir);
+    keel_manifest_base(out->base, dir, manifest);
     json_array_foreach(json_object_get(manifest, "runs"), i, run)
     {
-        KEEL_TRY(add_run(out, dir, run, log));
+        KEEL_TRY(add_run(out, dir, run, stage, log));
     }
-    if (out->n == 0) {
+    if (out->n == 0 && !stage) {
         KEEL_FAIL(log, KEEL_ERR_DATA, "%s: no run of the sweep is finished; start keel study again with the same arguments", dir);
     }
     for (size_t k = 0; k < out->n; k++) {
@@ -176,40 +176,56 @@ const struct keel_setting *keel_sweep_main(const struct keel_sweep *s)
 }
 
 // One line a run: the value after, and before where there is one; intervals are of the pooled estimates.
-static void run_lines(struct keel_text *csv, const struct keel_setting *g, const struct keel_drift_row *r)
+static void run_lines(struct keel_text *csv, const char *lead, const struct keel_setting *g, const struct keel_drift_row *r)
 {
     for (size_t k = 0; k < r->n_runs; k++) {
         struct keel_drift_row one = *r;
         one.base.lo = one.base.hi = NAN;
         one.adapted = (struct keel_estimate){ r->run[k], NAN, NAN };
         one.change = (struct keel_estimate){ r->run[k] - r->base.value, NAN, NAN };
-        keel_text_addf(csv, "%u,%g,%lld,", g->rank, g->mixture, g->seed[k]);
+        keel_text_addf(csv, "%s%u,%g,%lld,", lead, g->rank, g->mixture, g->seed[k]);
         keel_drift_csv_row(csv, &one);
     }
 }
 
-keel_status keel_sweep_write(const struct keel_sweep *s, const char *dir, const keel_log *log)
+void keel_sweep_lines(struct keel_text *pooled, struct keel_text *runs, const char *lead, const struct keel_sweep *s)
 {
-    keel_status st = KEEL_OK;
-    char path[4200];
-    struct keel_text pooled = { 0 }, runs = { 0 };
-    keel_text_addf(&pooled, "rank,mixture,seeds,");
-    keel_drift_csv_head(&pooled);
-    keel_text_addf(&runs, "rank,mixture,seed,");
-    keel_drift_csv_head(&runs);
     for (size_t i = 0; i < s->n; i++) {
         const struct keel_setting *g = &s->at[i];
         for (size_t k = 0; k < g->drift.n; k++) {
-            keel_text_addf(&pooled, "%u,%g,%zu,", g->rank, g->mixture, g->n_runs);
-            keel_drift_csv_row(&pooled, &g->drift.row[k]);
-            run_lines(&runs, g, &g->drift.row[k]);
+            keel_text_addf(pooled, "%s%u,%g,%zu,", lead, g->rank, g->mixture, g->n_runs);
+            keel_drift_csv_row(pooled, &g->drift.row[k]);
+            run_lines(runs, lead, g, &g->drift.row[k]);
         }
     }
+}
+
+void keel_sweep_head(struct keel_text *pooled, struct keel_text *runs, const char *lead)
+{
+    keel_text_addf(pooled, "%srank,mixture,seeds,", lead);
+    keel_drift_csv_head(pooled);
+    keel_text_addf(runs, "%srank,mixture,seed,", lead);
+    keel_drift_csv_head(runs);
+}
+
+keel_status keel_estimates_save(const struct keel_text *pooled, const struct keel_text *runs, const char *dir, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    char path[4200];
     snprintf(path, sizeof path, "%s/summary.csv", dir);
-    KEEL_TRY(keel_text_save(&pooled, path, log));
+    KEEL_TRY(keel_text_save(pooled, path, log));
     snprintf(path, sizeof path, "%s/runs.csv", dir);
-    KEEL_TRY(keel_text_save(&runs, path, log));
+    KEEL_TRY(keel_text_save(runs, path, log));
 out:
+    return st;
+}
+
+keel_status keel_sweep_write(const struct keel_sweep *s, const char *dir, const keel_log *log)
+{
+    struct keel_text pooled = { 0 }, runs = { 0 };
+    keel_sweep_head(&pooled, &runs, "");
+    keel_sweep_lines(&pooled, &runs, "", s);
+    const keel_status st = keel_estimates_save(&pooled, &runs, dir, log);
     keel_text_finish(&pooled);
     keel_text_finish(&runs);
     return st;
