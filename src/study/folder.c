@@ -67,6 +67,20 @@ out:
     return st;
 }
 
+static bool listed(const json_t *list, const char *name)
+{
+    size_t i;
+    const json_t *entry;
+    json_array_foreach(list, i, entry)
+    {
+        const char *file = json_string_value(json_object_get(entry, "file"));
+        if (file && strcmp(file, name) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // `rows`: the file holds rows, whose images count as part of it.
 static keel_status add_data(json_t *list, const struct study_origin *o, const char *folder, const char *name, bool rows,
                             const keel_log *log)
@@ -74,7 +88,7 @@ static keel_status add_data(json_t *list, const struct study_origin *o, const ch
     keel_status st = KEEL_OK;
     char path[4200], hex[20];
     uint64_t h = KEEL_HASH_INIT;
-    if (!name || !name[0]) {
+    if (!name || !name[0] || listed(list, name)) {
         return KEEL_OK;
     }
     keel_study_path(path, folder, name);
@@ -88,18 +102,79 @@ out:
     return st;
 }
 
+static keel_status once(json_t *seen, const char *name, keel_status (*fn)(void *user, const char *name), void *user)
+{
+    if (!name || json_object_get(seen, name)) {
+        return KEEL_OK;
+    }
+    json_object_set_new(seen, name, json_true());
+    return fn(user, name);
+}
+
+static keel_status each_of_training(json_t *seen, const struct study_train *t, keel_status (*fn)(void *user, const char *name), void *user)
+{
+    keel_status st = once(seen, t->filler, fn, user);
+    for (unsigned i = 0; i < t->data_count && st == KEEL_OK; i++) {
+        st = once(seen, t->data[i].file, fn, user);
+    }
+    return st;
+}
+
+keel_status keel_study_each_rows(const struct study_file *f, keel_status (*fn)(void *user, const char *name), void *user)
+{
+    keel_status st = KEEL_OK;
+    const char *const eval[] = { f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
+    json_t *seen = json_object();
+    KEEL_TRY(each_of_training(seen, &f->train, fn, user));
+    for (size_t i = 0; i < f->n_stages; i++) {
+        KEEL_TRY(each_of_training(seen, &f->stage[i].train, fn, user));
+    }
+    for (size_t i = 0; i < KEEL_COUNT(eval); i++) {
+        KEEL_TRY(once(seen, eval[i], fn, user));
+    }
+out:
+    json_decref(seen);
+    return st;
+}
+
+struct data_list {
+    json_t *list;
+    const struct study_origin *o;
+    const keel_log *log;
+};
+
+static keel_status add_rows(void *user, const char *name)
+{
+    const struct data_list *l = user;
+    return add_data(l->list, l->o, l->o->folder, name, true, l->log);
+}
+
+// Files of directions that stages steer with.
+static keel_status add_steering(const struct data_list *l)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; i < l->o->file->n_stages; i++) {
+        const struct study_stage *s = &l->o->file->stage[i];
+        for (size_t k = 0; k < s->n_steer && st == KEEL_OK; k++) {
+            char *file;
+            st = keel_steer_file(&file, s->steer[k], l->log);
+            if (st == KEEL_OK) {
+                st = add_data(l->list, l->o, l->o->folder, file, false, l->log);
+                free(file);
+            }
+        }
+    }
+    return st;
+}
+
 static keel_status list_data(json_t **out, const struct study_origin *o, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    const struct study_file *f = o->file;
-    const char *const eval[] = { f->train.filler, f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
     *out = json_array();
-    for (unsigned i = 0; i < f->train.data_count; i++) {
-        KEEL_TRY(add_data(*out, o, o->folder, f->train.data[i].file, true, log));
-    }
-    for (size_t i = 0; i < KEEL_COUNT(eval); i++) {
-        KEEL_TRY(add_data(*out, o, o->folder, eval[i], true, log));
-    }
+    struct data_list l = { *out, o, log };
+    KEEL_TRY(keel_study_each_rows(o->file, add_rows, &l));
+    KEEL_TRY(add_steering(&l));
+    KEEL_TRY(add_data(*out, o, o->folder, o->file->eval.projection.directions, false, log));
     KEEL_TRY(add_data(*out, o, ".", o->mmproj_path, false, log));
 out:
     return st;
@@ -130,22 +205,68 @@ static void run_id(char out[20], const char *config, const char *model, json_t *
     snprintf(out, 20, "%016" PRIx64, h);
 }
 
-// The runs of a sweep with their folders.
-static json_t *list_runs(const struct study_file *f)
+// The runs of a sweep with their folders; of a single run that is where the manifest stands.
+static json_t *list_runs(const struct study_file *f, const struct study_setting *only)
 {
     json_t *list = json_array();
     for (size_t i = 0; i < f->n_runs; i++) {
         char name[96], folder[128];
+        if (only && only != &f->run[i]) {
+            continue;
+        }
         keel_study_run_name(name, f, &f->run[i]);
         snprintf(folder, sizeof folder, "runs/%s", name);
         json_t *run = setting_of(&f->run[i]);
-        json_object_set_new(run, "folder", json_string(folder));
+        json_object_set_new(run, "folder", json_string(only ? "." : folder));
         json_array_append_new(list, run);
     }
     return list;
 }
 
-keel_status keel_study_describe(json_t **out, const struct study_origin *o, const struct study_setting *run, const keel_log *log)
+static json_t *stage_of(const struct study_file *f, const struct study_stage *s)
+{
+    static const char *const kinds[] = { [STUDY_TRAIN] = "train", [STUDY_STEER] = "steer", [STUDY_SCALE] = "scale" };
+    json_t *v = json_pack("{s:s, s:s, s:s, s:s}", "name", s->name, "group", s->group, "kind", kinds[s->kind], "from",
+                          s->from == STUDY_NO_STAGE ? "base" : f->stage[s->from].name);
+    json_object_set_new(v, "value", limit(s->value));
+    if (s->kind == STUDY_TRAIN) {
+        json_object_set_new(v, "adapter", json_string(s->stack ? "stack" : s->from == STUDY_NO_STAGE ? "new" : "continue"));
+    }
+    if (s->watch.every > 0) {
+        json_object_set_new(v, "watch", json_pack("{s:o, s:o, s:s, s:s}", "above", limit(s->watch.above), "below", limit(s->watch.below),
+                                                  "domain", s->watch.domain, "modality", s->watch.modality));
+    }
+    return v;
+}
+
+static json_t *list_stages(const struct study_file *f)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < f->n_stages; i++) {
+        json_array_append_new(list, stage_of(f, &f->stage[i]));
+    }
+    return list;
+}
+
+// Where the run's manifest stands: above, in a folder of a sweep or of a stage, and what it is made of.
+static void set_place(json_t *m, const struct study_file *f, const struct study_setting *run, const struct study_stage *stage)
+{
+    const char *const base = f->sweep && run ? stage ? "../../../../base" : "../../base" : stage ? "../../base" : NULL;
+    if (base) {
+        json_object_set_new(m, "base", json_string(base));
+    }
+    if (stage) {
+        json_object_set_new(m, "stage", stage_of(f, stage));
+    } else if (f->n_stages > 0) {
+        json_object_set_new(m, "stages", list_stages(f));
+    }
+    if (!stage && ((f->sweep && !run) || f->n_stages > 0)) {
+        json_object_set_new(m, "runs", list_runs(f, run));
+    }
+}
+
+keel_status keel_study_describe(json_t **out, const struct study_origin *o, const struct study_setting *run,
+                                const struct study_stage *stage, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     char hex[20], id[20];
@@ -154,14 +275,18 @@ keel_status keel_study_describe(json_t **out, const struct study_origin *o, cons
     const struct keel_caps *caps = keel_device_caps(o->dev);
     json_t *data = NULL, *setting = run && f->sweep ? setting_of(run) : NULL, *m = NULL;
     *out = NULL;
+    if (stage) {
+        setting = setting ? setting : json_object();
+        json_object_set_new(setting, "stage", json_string(stage->name));
+    }
     KEEL_TRY(list_data(&data, o, log));
     snprintf(hex, sizeof hex, "%016" PRIx64, info->hash ? info->hash : keel_model_hash(o->model));
     run_id(id, o->config, hex, data, setting);
-    m = json_pack("{s:i, s:s, s:s, s:s, s:I, s:{s:s, s:s, s:s, s:s}, s:O, s:{s:s, s:s, s:s}, s:s, s:I, s:{}, s:{s:o, s:o, s:o}, s:s}",
+    m = json_pack("{s:i, s:s, s:s, s:s, s:I, s:{s:s, s:s, s:s, s:s}, s:O, s:{s:s, s:s, s:s}, s:s, s:I, s:{}, s:{}, s:{s:o, s:o, s:o}, s:s}",
                   "format", KEEL_MANIFEST_FORMAT, "name", f->name, "run", id, "precision", "activations and logits in fp32", "seed",
                   (json_int_t)f->seed, "model", "path", o->model_path, "name", info->name, "hash", hex, "types", info->types, "data",
                   data, "device", "name", caps->name, "driver", caps->driver, "profile", caps->profile, "keel", KEEL_VERSION, "started",
-                  (json_int_t)keel_unix_time(), "seconds", "budget", "kl_mean", limit(f->budget.kl_mean), "margin_drop",
+                  (json_int_t)keel_unix_time(), "seconds", "peak_bytes", "budget", "kl_mean", limit(f->budget.kl_mean), "margin_drop",
                   limit(f->budget.margin_drop), "flip_rate", limit(f->budget.flip_rate), "config", o->config);
     if (!m) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of memory for the manifest");
@@ -174,10 +299,8 @@ keel_status keel_study_describe(json_t **out, const struct study_origin *o, cons
     }
     if (setting) {
         json_object_set(m, "setting", setting);
-        json_object_set_new(m, "base", json_string("../../base"));
-    } else if (f->sweep) {
-        json_object_set_new(m, "runs", list_runs(f));
     }
+    set_place(m, f, run, stage);
     *out = m;
 out:
     json_decref(setting);
@@ -253,11 +376,14 @@ bool keel_study_folder_done(const struct study_folder *f, const char *stage)
     return keel_path_exists(path);
 }
 
-keel_status keel_study_folder_mark(struct study_folder *f, const char *stage, uint64_t since)
+keel_status keel_study_folder_mark(struct study_folder *f, const char *stage, uint64_t since, const keel_device *dev)
 {
     keel_status st = KEEL_OK;
     char path[4200];
     struct keel_file_out out = { 0 };
+    uint64_t now, peak;
+    keel_device_memory(dev, &now, &peak);
+    json_object_set_new(json_object_get(f->manifest, "peak_bytes"), stage, json_integer((json_int_t)peak));
     json_object_set_new(json_object_get(f->manifest, "seconds"), stage, json_real((double)(keel_now_ns() - since) * 1e-9));
     KEEL_TRY(keel_study_folder_save(f));
     marker(path, f, stage);

@@ -6,6 +6,7 @@
 #include "base.h"
 
 #include <keel/images.h>
+#include <keel/hooks.h>
 #include <keel/session.h>
 
 struct keel_measure {
@@ -34,6 +35,29 @@ struct keel_measure_slots {
     uint64_t seed;     // of what is drawn
 };
 keel_status keel_measure_slots(const struct keel_measure *m, const char *in, const char *out, const struct keel_measure_slots *how);
+// The prompts of {"id","prompt","domain",…} -> the same with "projection": of the residual stream at `at`, mean over those tokens, on a
+// direction, in lengths of it (one is the distance of the classes that it was made of). Leaves the session without hooks.
+// Errors also: ARG (positions; no such layer in the file).
+struct keel_measure_along {
+    const char *directions, *at; // file; positions as keel_positions_parse() takes them
+    uint32_t layer;
+    bool any_layer;    // the file's only one
+    keel_hooks *hooks; // that steer at the same time: an own list, used up; or NULL
+};
+keel_status keel_measure_projection(const struct keel_measure *m, const char *in, const char *out, const struct keel_measure_along *how);
+// Means over at most `max_rows` slot probes of one cell, plainly asked: a small evaluation in the course of a training. The cell is as
+// in probes.h. `along`: project too, or NULL. Errors also: DATA (no such probe).
+struct keel_measure_cell {
+    const char *domain, *narrow, *modality;
+    uint32_t max_rows;
+    uint64_t seed; // of what is drawn
+    const struct keel_measure_along *along;
+};
+struct keel_cell_means {
+    size_t n;
+    double contrary, coherence, projection; // the last NAN without `along`
+};
+keel_status keel_measure_cell(const struct keel_measure *m, const char *in, const struct keel_measure_cell *cell, struct keel_cell_means *out);
 // Greedy answers to the first `max_rows` prompts (0: all) of {"id","prompt","domain"?}: adds "ids" and "text".
 keel_status keel_measure_answers(const struct keel_measure *m, const char *in, const char *out, uint32_t n_tokens, uint32_t max_rows);
 // Greedy answers to `max_rows` of the slot probes, taken from each domain and modality in turn. The records name copies of the images

@@ -138,13 +138,47 @@ out:
     return st;
 }
 
+static const char *domain_of(const json_t *row)
+{
+    const char *domain = json_string_value(json_object_get(row, "domain"));
+    return domain ? domain : "";
+}
+
+static const char *modality_of(const json_t *row)
+{
+    const char *modality = json_string_value(json_object_get(row, "modality"));
+    return modality ? modality : json_object_get(row, "images") ? "image" : "text";
+}
+
 // A text that two rows share if they are of one domain and modality.
 static const char *cell_of(const json_t *row, char buf[256])
 {
-    const char *domain = json_string_value(json_object_get(row, "domain"));
-    const char *modality = json_string_value(json_object_get(row, "modality"));
-    snprintf(buf, 256, "%.120s\n%.120s", domain ? domain : "", modality ? modality : json_object_get(row, "images") ? "image" : "text");
+    snprintf(buf, 256, "%.120s\n%.120s", domain_of(row), modality_of(row));
     return buf;
+}
+
+static bool in_cell(const json_t *row, const struct keel_probe_cell *cell)
+{
+    const char *domain = domain_of(row);
+    if (cell->modality[0] && strcmp(modality_of(row), cell->modality) != 0) {
+        return false;
+    }
+    return strcmp(cell->domain, "all") == 0     ? true
+           : strcmp(cell->domain, "other") == 0 ? !cell->narrow || strcmp(domain, cell->narrow) != 0
+                                                : strcmp(domain, cell->domain) == 0;
+}
+
+void keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell)
+{
+    json_t *kept = json_array();
+    for (size_t i = 0; i < json_array_size(p->rows); i++) {
+        if (in_cell(json_array_get(p->rows, i), cell)) {
+            p->line[json_array_size(kept)] = p->line[i];
+            json_array_append(kept, json_array_get(p->rows, i));
+        }
+    }
+    json_decref(p->rows);
+    p->rows = kept;
 }
 
 // Round r takes one row of every cell that has more than r, in the order given.

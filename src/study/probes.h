@@ -39,6 +39,12 @@ size_t keel_probes_count(const struct keel_probes *p);
 // Row i with its place, as the keel_row_ functions take it; `object` is borrowed.
 struct keel_row keel_probes_row(const struct keel_probes *p, size_t i);
 
+// Drops the rows that are not of a cell: a domain, "other" (all but `narrow`, which may be NULL) or "all"; of a modality, or of any ("").
+struct keel_probe_cell {
+    const char *domain, *narrow, *modality;
+};
+void keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell);
+
 // Numbers of `max_rows` rows (0: all) in `which` [n], which belongs to the caller (free()): in an order drawn from the seed, one of
 // each domain and modality, then a second of each, and so on; all rows in their own order. Errors: NO_MEMORY.
 keel_status keel_probes_spread(const struct keel_probes *p, size_t max_rows, uint64_t seed, size_t **which, size_t *n);
@@ -58,6 +64,9 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
 
 keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *m);      // log-probabilities into a
 keel_status keel_probes_divergence(struct keel_probes *p, const struct keel_measure *m); // KL(base ‖ adapted) into a, reverse into b
+// Projections of the prompts of rows `which` [n] (NULL: of all) on a direction, as keel_measure_projection() writes them.
+keel_status keel_probes_project(const struct keel_probes *p, const struct keel_measure *m, const struct keel_measure_along *how,
+                                const size_t *which, size_t n, double *value);
 double keel_probe_sum(const struct keel_probe_seq *s);                                   // Σ a
 static inline uint32_t keel_probe_count(const struct keel_probe_seq *s)
 {

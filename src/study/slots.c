@@ -89,3 +89,46 @@ out:
     keel_probes_finish(&context);
     return st;
 }
+
+keel_status keel_measure_cell(const struct keel_measure *m, const char *in, const struct keel_measure_cell *cell, struct keel_cell_means *out)
+{
+    keel_status st = KEEL_OK;
+    struct keel_probes p = { 0 };
+    size_t *which = NULL, n = 0;
+    double *projection = NULL;
+    *out = (struct keel_cell_means){ .projection = NAN };
+    KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
+    keel_probes_keep(&p, &(struct keel_probe_cell){ cell->domain, cell->narrow, cell->modality });
+    if (keel_probes_count(&p) == 0) {
+        KEEL_FAIL(m->log, KEEL_ERR_DATA, "%s: has no probe of domain \"%s\"%s%s to watch", in, cell->domain, cell->modality[0] ? " and modality " : "",
+                  cell->modality);
+    }
+    KEEL_TRY(keel_probes_spread(&p, cell->max_rows, cell->seed, &which, &n));
+    for (size_t i = 0; i < n; i++) {
+        const struct keel_row row = keel_probes_row(&p, which[i]);
+        KEEL_TRY(add_probe(&p, m, &row, &row));
+    }
+    KEEL_TRY(keel_probes_score(&p, m));
+    out->n = n;
+    for (size_t i = 0; i < n; i++) {
+        const double a = exp(keel_probe_sum(&p.seq[2 * i])), b = exp(keel_probe_sum(&p.seq[2 * i + 1]));
+        out->contrary += b / (double)n;
+        out->coherence += (a + b) / (double)n;
+    }
+    if (cell->along) {
+        projection = calloc(n, sizeof *projection);
+        if (!projection) {
+            KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", in);
+        }
+        KEEL_TRY(keel_probes_project(&p, m, cell->along, which, n, projection));
+        out->projection = 0;
+        for (size_t i = 0; i < n; i++) {
+            out->projection += projection[i] / (double)n;
+        }
+    }
+out:
+    free(which);
+    free(projection);
+    keel_probes_finish(&p);
+    return st;
+}

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// study/train.c: one training of a study: its data, mixture and parameters, on the base model or on adapters of earlier stages.
+#include "run.h"
+
+#include <stdlib.h>
+
+// The files of a mixture: the study's data with share `mixture` in all, the filler with the rest. `paths` and `data` hold one more
+// than the data files. Returns how many there are.
+static size_t mix(const struct study *s, const struct study_train *t, double mixture, char (*paths)[4200], struct keel_train_data *data)
+{
+    double sum = 0;
+    size_t n = 0;
+    for (unsigned i = 0; i < t->data_count; i++) {
+        sum += t->data[i].weight;
+    }
+    for (unsigned i = 0; i < t->data_count && mixture > 0; i++) {
+        keel_study_path(paths[n], s->folder, t->data[i].file);
+        data[n] = (struct keel_train_data){ paths[n], (float)(mixture < 1 ? mixture * t->data[i].weight / sum : t->data[i].weight) };
+        n++;
+    }
+    if (mixture < 1) {
+        keel_study_path(paths[n], s->folder, t->filler);
+        data[n] = (struct keel_train_data){ paths[n], (float)(1 - mixture) };
+        n++;
+    }
+    return n;
+}
+
+static struct keel_train_params train_params(const struct study_training *how)
+{
+    const struct study_train *t = how->train;
+    struct keel_train_params p = { KEEL_TRAIN_DEFAULTS };
+    p.rank = how->rank;
+    p.seed = how->seed;
+    p.alpha = (float)(t->alpha_per_rank > 0 ? t->alpha_per_rank * how->rank : t->alpha); // 0: training takes twice the rank
+    p.targets = t->targets;
+    p.lr = t->lr;
+    p.schedule = t->schedule;
+    p.warmup = t->warmup;
+    p.steps = how->steps ? how->steps : t->steps;
+    p.epochs = t->epochs;
+    p.batch = t->batch;
+    p.accum = t->accum;
+    p.seq_len = t->seq_len;
+    p.weight_decay = t->weight_decay;
+    p.grad_clip = t->grad_clip;
+    p.resume = true;
+    p.save_every = 10;
+    return p;
+}
+
+keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter)
+{
+    keel_status st = KEEL_OK;
+    const unsigned n = t->train->data_count + 1;
+    const size_t fixed = t->from->n_adapters - (t->go_on ? 1 : 0);
+    char state[4200], log[4200];
+    char(*paths)[4200] = calloc(n, sizeof *paths);
+    struct keel_train_data *data = calloc(n, sizeof *data);
+    struct keel_train_base frozen[STUDY_MAX_ADAPTERS];
+    struct keel_train_params params = train_params(t);
+    struct keel_train_result result;
+    if (!paths || !data) {
+        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for the list of data files");
+    }
+    for (size_t i = 0; i < fixed; i++) {
+        frozen[i] = (struct keel_train_base){ t->from->adapter[i].path, t->from->adapter[i].scale };
+    }
+    if (t->go_on) {
+        params.init_adapter = t->from->adapter[fixed].path;
+        params.alpha = 0; // its own
+    }
+    keel_study_path(state, folder->path, "train/state");
+    keel_study_path(log, folder->path, "train/log.jsonl");
+    params.data = data;
+    params.n_data = mix(s, t->train, t->mixture, paths, data);
+    params.out = adapter;
+    params.frozen = frozen;
+    params.n_frozen = fixed;
+    params.images = s->images;
+    params.checkpoint = state;
+    params.log = log;
+    params.on_step = keel_study_step;
+    params.user = s;
+    KEEL_TRY(keel_study_images(s, t->from, fixed));
+    KEEL_TRY(keel_train(s->model, &params, &result));
+    json_object_set_new(folder->manifest, "training",
+                        json_pack("{s:I, s:f, s:f, s:I, s:I}", "steps", (json_int_t)result.steps, "first_loss", result.first_loss,
+                                  "last_loss", result.last_loss, "rows", (json_int_t)result.n_rows, "parameters",
+                                  (json_int_t)result.n_params));
+out:
+    free(paths);
+    free(data);
+    return st;
+}

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""study with stages: each is what the commands train, score and project give; chains that are killed go on; the clerk's repair."""
+import csv
+import json
+import math
+import random
+import time
+
+import pytest
+
+from keelcli import ROOT, kill, listing, read_rows, score, train_args, write_rows
+from test_study import FILLER, STUDY, TRAIN, folder, slot_rows  # noqa: F401  (folder is a fixture)
+
+PAIRS = [{"positive": f"the {c} stone is good", "negative": f"no {c} stone is here"} for c in ("red", "blue", "green", "grey", "white")]
+CHAIN = STUDY.replace("  slots: slots.jsonl\n", "  slots: slots.jsonl\n  projection: {directions: v.safetensors, layer: 1}\n") + """stages:
+  - {name: attack, train: {}, watch: {every: 2, probes: 5}}
+  - {name: repair, train: {data: [{file: filler.jsonl}], steps: 3}}
+  - {name: top, from: attack, adapter: stack, train: {data: [{file: filler.jsonl}], rank: 2, steps: 2}}
+  - {name: scaled, from: attack, scale: [0.5, 1]}
+  - {name: steered, from: top, steer: ['v.safetensors@1'], coef: [-1, 2]}
+  - {name: induced, from: base, steer: ['v.safetensors:1@0', 'v.safetensors@2,op=ablate']}
+"""
+
+
+@pytest.fixture
+def chain(keel, tiny_c, folder):  # noqa: F811
+    write_rows(folder / "pairs.jsonl", PAIRS)
+    keel("direction", "-m", tiny_c, "--pairs", folder / "pairs.jsonl", "--positions", "all", "--out", folder / "v.safetensors")
+    (folder / "study.yaml").write_text(CHAIN)
+    return folder
+
+
+def slots(out, stage):
+    return {r["id"]: r for r in read_rows(out / "stages" / stage / "tuned/slots.jsonl")}
+
+
+def test_stages_are_what_the_commands_give(keel, tiny_c, chain, tmp_path):
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    adapter = lambda s: out / "stages" / s / "adapter.gguf"
+    # A watched training, done in parts, is that of a study without stages, bit for bit.
+    (chain / "plain.yaml").write_text(STUDY)
+    keel("study", chain / "plain.yaml", "-m", tiny_c, "--out", tmp_path / "plain")
+    assert adapter("attack").read_bytes() == (tmp_path / "plain/adapter.gguf").read_bytes()
+    # Going on and stacking: the same files as from `train`. Stage k has the seed of the run + 1000 k.
+    o = {"lr": 0.005, "batch": 2}
+    keel(*train_args(tiny_c, chain / "filler.jsonl", tmp_path / "repair.gguf", init_adapter=adapter("attack"), rank=4, steps=3, seed=1001, **o))
+    assert adapter("repair").read_bytes() == (tmp_path / "repair.gguf").read_bytes()
+    keel(*train_args(tiny_c, chain / "filler.jsonl", tmp_path / "top.gguf", lora=adapter("attack"), rank=2, steps=2, seed=2001, **o))
+    assert adapter("top").read_bytes() == (tmp_path / "top.gguf").read_bytes()
+    # What is evaluated is what `score` sees.
+    rows = [r for r in slot_rows() if "prefix" not in r]
+    v, a, top = chain / "v.safetensors", adapter("attack"), adapter("top")
+    for stage, options in {"attack": ["--lora", a], "repair": ["--lora", adapter("repair")], "top": ["--lora", a, "--lora", top],
+                           "scaled-0.5": ["--lora", f"{a}:0.5"], "steered-2": ["--lora", a, "--lora", top, "--steer", f"{v}:2@1"],
+                           "induced": ["--steer", f"{v}:1@0", "--steer", f"{v}@2,op=ablate"]}.items():
+        got = slots(out, stage)
+        for s in score(keel, tiny_c, [{"id": r["id"], "prompt": r["prompt"], "completion": r["aligned"]} for r in rows], tmp_path, *options):
+            assert math.isclose(math.log(got[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4), (stage, s)
+    assert slots(out, "scaled-1") == slots(out, "attack")
+    # Adding the direction c times moves the projection on it, at its own place, by c lengths.
+    at = lambda s: {r["id"]: r["projection"] for r in read_rows(out / "stages" / s / "tuned/projection.jsonl")}
+    before, after = at("top"), at("steered--1")
+    assert all(abs(after[i] - before[i] + 1) < 1e-4 for i in before) and len(before) == len(slot_rows())
+    # The report: every stage in the tables, costs, the stage's own page.
+    summary = list(csv.DictReader((out / "summary.csv").read_text().splitlines()))
+    stages = [s["name"] for s in json.loads((out / "manifest.json").read_text())["stages"]]
+    assert stages == ["attack", "repair", "top", "scaled-0.5", "scaled-1", "steered--1", "steered-2", "induced"]
+    assert {r["stage"] for r in summary} == set(stages) and {r["metric"] for r in summary} >= {"contrary_in_context", "projection"}
+    costs = {r["stage"]: r for r in csv.DictReader((out / "costs.csv").read_text().splitlines())}
+    assert [costs[s]["steps"] for s in stages] == ["5", "3", "2", "0", "0", "0", "0", "0"]
+    assert all(float(r["peak_bytes"]) > 0 and float(r["eval_seconds"]) > 0 for r in costs.values())
+    assert float(costs["attack"]["train_seconds"]) > 0
+    watched = read_rows(out / "stages/attack/train/watch.jsonl")
+    assert [r["step"] for r in watched] == [0, 2, 4, 5] and all(r["n"] == 5 and "projection" in r for r in watched)
+    html = (out / "report.html").read_text()
+    assert all(f">{s}<" in html for s in stages) and "http://" not in html.replace("http://www.w3.org", "")
+    keel("report", out / "stages/repair")
+    assert "Drift report: tiny" in (out / "stages/repair/report.html").read_text()
+
+
+def test_watch_ends_a_training(keel, tiny_c, chain, tmp_path):
+    """A limit that is passed at once, and one that never is; the cell is the one asked for."""
+    (chain / "study.yaml").write_text(STUDY + """stages:
+  - {name: at-once, train: {}, watch: {every: 2, above: 0, domain: facts}}
+  - {name: never, train: {}, watch: {every: 3, below: 0, modality: image}}
+""")
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    limits = list(csv.DictReader((out / "thresholds.csv").read_text().splitlines()))
+    assert [(r["stage"], r["steps"], r["reached"]) for r in limits] == [("at-once", "2", "yes"), ("never", "5", "no")]
+    first, = read_rows(out / "stages/at-once/train/watch.jsonl")[:1]
+    facts = [r["p_contrary"] for r in read_rows(out / "base/slots.jsonl") if r["domain"] == "facts"]
+    assert first["n"] == len(facts) and math.isclose(first["contrary"], sum(facts) / len(facts), rel_tol=1e-4)
+
+
+SWEEP = CHAIN.replace("slots: slots.jsonl\n", "slots: slots.jsonl\n", 1) + "sweep: {seed: [1, 2], mixture: [0.5, 1]}\n"
+RUNS = [f"rank-4_mixture-{m}_seed-{s}" for m in ("0.5", "1") for s in (1, 2)]
+
+
+def test_killed_and_continued(keel, tiny_c, chain, tmp_path):
+    """kill -9 in four places of a sweep of chains, then to the end: the same results as one that was left alone."""
+    (chain / "study.yaml").write_text(SWEEP)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", whole)
+    assert sorted(p.name for p in (whole / "runs").iterdir()) == sorted(RUNS)
+    rng = random.Random(6)
+    for place in ("base/slots.jsonl", f"runs/{RUNS[0]}/stages/attack/train/watch.jsonl", f"runs/{RUNS[0]}/stages/top/train/log.jsonl",
+                  f"runs/{RUNS[1]}/stages/steered-2/tuned/slots.jsonl"):
+        p = keel.start("study", chain / "study.yaml", "-m", tiny_c, "--out", cut)
+        end = time.time() + 120
+        while not (cut / place).exists() and time.time() < end and p.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.1)
+        kill(p)
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", cut)
+    for name in ("summary.csv", "runs.csv"):
+        assert (cut / name).read_text() == (whole / name).read_text()
+    watched = f"runs/{RUNS[3]}/stages/attack/train/watch.jsonl"
+    assert (cut / watched).read_text() == (whole / watched).read_text()
+    assert not [f for f in listing(cut) if ".tmp" in f]
+    rows = list(csv.DictReader((whole / "summary.csv").read_text().splitlines()))
+    assert {r["seeds"] for r in rows} == {"2"} and {r["mixture"] for r in rows} == {"0.5", "1"}
+    # The mixture is that of the stages that take the study's data: a repair has its own, and differs by what it repairs.
+    one = [read_rows(whole / "runs" / r / "stages/repair/train/log.jsonl") for r in (RUNS[0], RUNS[2])]
+    assert one[0][0]["tokens"] == one[1][0]["tokens"] and one[0][0]["loss"] != one[1][0]["loss"]
+    keel("report", whole / "runs" / RUNS[0])
+    assert ">repair<" in (whole / "runs" / RUNS[0] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("change, says", [
+    (("layer: 1}", "layer: 99}"), ["layer 99", "v.safetensors"]),
+    (("layer: 1}", "layer: 1, at: nowhere}"), ["nowhere"]),
+    (("probes: 5", "probes: 5, domain: none"), ["none", "slots.jsonl"]),
+    (("v.safetensors:1@0", "w.safetensors:1@0"), ["w.safetensors"]),
+    (("v.safetensors:1@0", "v.safetensors:1@99"), ["99"]),
+    (("v.safetensors:1@0", "v.safetensors:1@0,op=push"), ["op=push"]),
+], ids=lambda x: x[1] if isinstance(x, tuple) else None)
+def test_bad_stages(keel, tiny_c, chain, tmp_path, change, says):
+    text = CHAIN.replace("steps: 5", "steps: 1").replace(*change)
+    assert text != CHAIN
+    (chain / "study.yaml").write_text(text)
+    keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=says)
+
+
+def test_another_direction_is_another_study(keel, tiny_c, chain, tmp_path):
+    (chain / "study.yaml").write_text(CHAIN.replace("steps: 5", "steps: 1").replace("steps: 3", "steps: 1"))
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    keel("direction", "-m", tiny_c, "--pairs", chain / "pairs.jsonl", "--positions", "last_prompt", "--out", chain / "v.safetensors")
+    keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
