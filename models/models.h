@@ -90,6 +90,13 @@ keel_status keel_row_prompt(struct keel_prompt *out, const keel_model *model, ke
 
 // --- batches -------------------------------------------------------------------------------------
 
+// What a model predicts at a place: log-probabilities of its likeliest tokens, likeliest first, and of all others together
+// (-FLT_MAX: there are none). Where the vocabulary is smaller than KEEL_TOP, only so many are set.
+struct keel_top {
+    uint32_t id[KEEL_TOP];
+    float log_p[KEEL_TOP], tail;
+};
+
 // One row of a packed batch.
 struct keel_seq {
     const int32_t *ids;
@@ -99,6 +106,9 @@ struct keel_seq {
     float weight;     // training: derivative of the loss with respect to each of those negative log-likelihoods
     const struct keel_image_tokens *images; // [n_images] or NULL; none of the wanted ids lies in one
     uint32_t n_images;
+    // By wanted place. Constrained loss: β, and the token's log-probability under the base; of all rows of a batch or of none.
+    const float *beta, *base_logprob;
+    const struct keel_top *top; // the base's prediction, for divergences
 };
 
 // --- hooks ---------------------------------------------------------------------------------------
@@ -142,6 +152,19 @@ void keel_trainer_destroy(keel_trainer **trainer);
 // unweighted negative log-likelihoods to *nll_sum. Rows never see each other. Blocks until done.
 keel_status keel_trainer_step(keel_trainer *trainer, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
                               size_t n_seqs, double *nll_sum, uint64_t *n_loss);
+
+// Σ weight · nll of the last keel_trainer_step(), with the weights that the constrained loss gave (keel_xent_constrain()).
+double keel_trainer_weighted(const keel_trainer *trainer);
+// The same for divergences from the base, without the trainer's hooks, which are not there either when the adapter is used: adds the gradient
+// of Σ weight · KL(seqs[].top ‖ adapted) and writes the sum of the unweighted divergences, n of them.
+keel_status keel_trainer_kl_step(keel_trainer *trainer, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
+                                 size_t n_seqs, double *kl_sum, uint64_t *n);
+// Forward only, under the trainer's hooks: logprob [places] of the wanted ids and, unless NULL, kl [places] from seqs[].top. `adapter` NULL: the
+// base, without frozen adapters.
+keel_status keel_trainer_eval(keel_trainer *trainer, const keel_adapter *adapter, const struct keel_seq *seqs, size_t n_seqs,
+                              float *logprob, float *kl);
+// out [places]: what the base predicts, without adapters and hooks. Errors: NUMERIC.
+keel_status keel_trainer_top(keel_trainer *trainer, const struct keel_seq *seqs, size_t n_seqs, struct keel_top *out);
 
 // Trains under these hooks from now on, with exact gradients through them; NULL: without. Borrowed.
 keel_status keel_trainer_set_hooks(keel_trainer *trainer, const keel_hooks *hooks);

@@ -284,6 +284,9 @@ void keel_pass_head(const struct keel_pass *p, struct keel_span rows, struct kee
 void keel_trainer_plan(const keel_model *model, uint32_t tokens, uint32_t max_row, uint32_t rank, struct keel_plan *out,
                        void (*row)(struct keel_plan *p, const char *what, uint64_t bytes, bool host));
 
+// Host memory that constrained losses or divergences at up to `max_loss` places take on top.
+uint64_t keel_trainer_extra_bytes(const keel_model *model, uint32_t max_loss, bool divergence);
+
 // --- adapters in host memory (adapter_file.c, adapter_peft.c) -------------------------------------
 
 // Pairs that an adapter of this model can have, those of its vision tower after its own, and their shapes.

@@ -1,41 +1,14 @@
 // SPDX-License-Identifier: MIT
 // gemma3/trainer.c: forward and backward over packed rows. Each block's input is kept; its inside is computed again on the way
 // back (Chen et al. 2016, "Training deep nets with sublinear memory cost").
-// Owns the buffers of a training pass. The optimiser and the data are the train room's.
-#include "gemma3.h"
+// Owns the buffers of a training pass. What lies above the blocks is trainer_loss.c's; the optimiser and the data are the train room's.
+#include "trainer_internal.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define NORM(layer, t) ((layer)->norm[(t) - KEEL_N_PROJ])
-
-struct grads {
-    struct keel_span x;              // [T, D] gradient of the residual stream
-    struct keel_span t;              // [T, D]
-    struct keel_span f;              // [T, F]
-    struct keel_span d_o, dq;        // [T, H·d]
-    struct keel_span dk, dv;         // [T, G·d]
-    struct keel_span ds;             // like the probabilities
-    struct keel_span dh;             // [T, r]
-};
-
-struct keel_trainer {
-    keel_model *model;
-    uint32_t max_tokens, max_row, max_loss, chunk, rank; // rank: adapter width that the buffers were made for
-    keel_heap *host, *heap, *lora;
-    struct keel_batch batch;
-    struct keel_acts acts;
-    struct grads g;
-    struct keel_span *saved; // [L] of [T, D]: block inputs
-    struct keel_span rows, normed; // [max_loss, D]: final residual at the places; then its norm, then its gradient
-    struct keel_span logits, partial;
-    bool input_grads;
-    const keel_hooks *hooks;
-    const keel_adapter *adapters[KEEL_MAX_FROZEN + 1]; // of a step: those that stay as they are, then the one that is trained
-    uint32_t n_frozen;
-    keel_recorder *rec;
-};
 
 // --- layout --------------------------------------------------------------------------------------
 
@@ -57,7 +30,7 @@ static void want_saved(struct keel_layout *l, keel_trainer *t)
 static void want_grads(struct keel_layout *l, keel_trainer *t)
 {
     const struct keel_gemma3 *c = &t->model->cfg;
-    struct grads *g = &t->g;
+    struct keel_trainer_grads *g = &t->g;
     const uint64_t row = 4ull * t->max_tokens;
     keel_want(l, &g->x, row * c->width);
     keel_want(l, &g->t, row * c->width);
@@ -156,6 +129,8 @@ void keel_trainer_destroy(keel_trainer **trainer)
         return;
     }
     keel_recorder_destroy(&t->rec);
+    keel_heap_destroy(&t->top.heap);
+    keel_heap_destroy(&t->constrain.heap);
     keel_heap_destroy(&t->lora);
     keel_heap_destroy(&t->heap);
     keel_heap_destroy(&t->host);
@@ -226,7 +201,7 @@ static void heads_back(const struct back *b, uint32_t kind, uint32_t n_heads, st
 // Gradient of a branch's output before its norm, into g.t, from that of the residual stream.
 static void branch_back(const struct back *b, uint32_t layer, enum keel_site site, struct keel_span x, struct keel_span w)
 {
-    const struct grads *g = &b->t->g;
+    const struct keel_trainer_grads *g = &b->t->g;
     if (keel_pass_hooked(b->pass, site, layer)) {
         const uint64_t bytes = 4ull * b->n * b->t->model->cfg.width;
         keel_record_copy(b->t->rec, keel_span_sub(g->t, 0, bytes), keel_span_sub(g->x, 0, bytes));
@@ -244,7 +219,7 @@ static void block_back(const struct back *b, uint32_t layer, bool lowest)
     const struct keel_gemma3 *c = &b->t->model->cfg;
     const struct keel_gemma3_block *w = &b->t->model->w.block[layer];
     const struct keel_acts *a = &b->t->acts;
-    const struct grads *g = &b->t->g;
+    const struct keel_trainer_grads *g = &b->t->g;
     const struct keel_batch_group *group = &b->t->batch.group[0];
     const uint32_t kind = c->kind[layer];
     const struct keel_span nothing = { 0 };
@@ -274,35 +249,6 @@ static void block_back(const struct back *b, uint32_t layer, bool lowest)
         norm_back(b, b->t->saved[layer], NORM(w, KEEL_T_ATTN_NORM), g->t, g->x, true);
         keel_pass_hooks_back(b->pass, KEEL_SITE_PRE, layer, g->x);
     }
-}
-
-// Loss and its gradient with respect to the final residual stream, into g.x.
-static void loss_back(const struct back *b, const struct keel_pass *pass)
-{
-    keel_trainer *t = b->t;
-    const struct keel_gemma3 *c = &t->model->cfg;
-    const uint32_t n = t->batch.n_places;
-    keel_gather_rows(t->rec, t->acts.x, t->batch.place, t->rows, n, c->width);
-    keel_rmsnorm(t->rec, &(struct keel_rmsnorm_params){ .x = t->rows, .w = t->model->w.output_norm, .y = t->normed, .n_rows = n,
-                                                        .width = c->width, .eps = c->eps });
-    for (uint32_t p = 0; p < n; p += t->chunk) {
-        const uint32_t m = KEEL_MIN(t->chunk, n - p);
-        const struct keel_span rows = keel_span_sub(t->normed, 4ull * p * c->width, 4ull * m * c->width);
-        const struct keel_span targets = keel_place_span(&t->batch, t->batch.target, p, m, 4);
-        const struct keel_span stats = keel_place_span(&t->batch, t->batch.stats, p, m, 16);
-        keel_pass_head(pass, rows, t->logits, m);
-        keel_xent(t->rec, &(struct keel_xent_params){ .logits = t->logits, .targets = targets, .stats = stats,
-                                                      .partial = t->partial, .n_rows = m, .vocab = c->vocab });
-        keel_xent_bwd(t->rec, &(struct keel_xent_bwd_params){ .logits = t->logits, .targets = targets, .stats = stats,
-                                                              .weights = keel_place_span(&t->batch, t->batch.weight, p, m, 4),
-                                                              .n_rows = m, .vocab = c->vocab });
-        keel_linear_bwd(t->rec, &(struct keel_linear_bwd_params){ .w = t->model->w.head, .dy = t->logits, .dx = rows,
-                                                                  .n_tokens = m });
-    }
-    keel_rmsnorm_bwd(t->rec, &(struct keel_rmsnorm_bwd_params){ .x = t->rows, .w = t->model->w.output_norm, .dy = t->normed,
-                                                                .dx = t->normed, .n_rows = n, .width = c->width, .eps = c->eps });
-    keel_record_fill(t->rec, keel_span_sub(t->g.x, 0, 4ull * b->n * c->width), 0);
-    keel_scatter_rows(t->rec, t->normed, t->batch.place, t->g.x, n, c->width);
 }
 
 // --- one step ------------------------------------------------------------------------------------
@@ -354,62 +300,48 @@ static uint32_t widest(const keel_trainer *t)
     return rank;
 }
 
-static void read_loss(keel_trainer *t, double *nll_sum, uint64_t *n_loss)
-{
-    keel_span_fetch(t->model->dev, t->batch.stats);
-    for (uint32_t p = 0; p < t->batch.n_places; p++) {
-        const struct keel_span s = keel_place_span(&t->batch, t->batch.stats, p / t->chunk * t->chunk, t->chunk, 16);
-        const float *v = (const float *)keel_span_host(s) + 4 * (p % t->chunk);
-        *nll_sum += (double)v[1] - (double)v[2];
-    }
-    *n_loss += t->batch.n_places;
-}
-
-keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *adapter, struct keel_span grads, const struct keel_seq *seqs,
-                              size_t n_seqs, double *nll_sum, uint64_t *n_loss)
+keel_status keel_trainer_forward(keel_trainer *t, const keel_adapter *adapter, const struct keel_seq *seqs, size_t n_seqs, bool hooked,
+                                 struct keel_pass *pass)
 {
     keel_status st = KEEL_OK;
     const uint32_t n_layers = t->model->cfg.n_layers;
-    *nll_sum = 0;
-    *n_loss = 0;
     t->adapters[t->n_frozen] = adapter; // last: the backward pass wants what its lower half wrote
-    if (widest(t) != t->rank) {
+    if (adapter && widest(t) != t->rank) {
         keel_heap_destroy(&t->lora);
         t->rank = widest(t);
         KEEL_TRY(keel_layout_make(&t->lora, t->model->dev, KEEL_HEAP_DEVICE, "LoRA activations", want_lora, t));
     }
     KEEL_TRY(fill_batch(t, seqs, n_seqs));
+    *pass = (struct keel_pass){ .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = t->adapters,
+                                .n_adapters = adapter ? t->n_frozen + 1 : 0, .hooks = hooked ? t->hooks : NULL };
     if (t->batch.n_places == 0) {
-        return KEEL_OK;
+        goto out;
     }
-    const struct keel_pass pass = { .rec = t->rec, .model = t->model, .batch = &t->batch, .acts = &t->acts, .adapters = t->adapters,
-                                    .n_adapters = t->n_frozen + 1, .hooks = t->hooks };
-    const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens, .pass = &pass };
+    keel_pass_embed(pass);
+    keel_record_copy(t->rec, keel_span_sub(t->saved[0], 0, 4ull * t->batch.n_tokens * t->model->cfg.width),
+                     keel_span_sub(t->acts.x, 0, 4ull * t->batch.n_tokens * t->model->cfg.width));
+    for (uint32_t i = 0; i < n_layers; i++) {
+        keel_pass_block(pass, i, t->saved[i], i + 1 < n_layers ? t->saved[i + 1] : t->acts.x);
+    }
+out:
+    return st;
+}
+
+void keel_trainer_backward(keel_trainer *t, const struct keel_pass *pass, struct keel_span grads)
+{
+    const uint32_t n_layers = t->model->cfg.n_layers;
+    const keel_adapter *adapter = t->adapters[t->n_frozen];
+    const struct back back = { .t = t, .adapter = adapter, .grads = grads, .n = t->batch.n_tokens, .pass = pass };
     uint32_t lowest = 0;
     while (!t->input_grads && lowest < n_layers && !has_pairs(adapter, lowest)) {
         lowest++;
     }
-    keel_pass_embed(&pass);
-    keel_record_copy(t->rec, keel_span_sub(t->saved[0], 0, 4ull * back.n * t->model->cfg.width),
-                     keel_span_sub(t->acts.x, 0, 4ull * back.n * t->model->cfg.width));
-    for (uint32_t i = 0; i < n_layers; i++) {
-        keel_pass_block(&pass, i, t->saved[i], i + 1 < n_layers ? t->saved[i + 1] : t->acts.x);
-    }
-    loss_back(&back, &pass);
     for (uint32_t i = n_layers; i-- > lowest;) {
         if (i + 1 < n_layers) { // the last block's insides are still there
-            keel_pass_block(&pass, i, t->saved[i], (struct keel_span){ 0 });
+            keel_pass_block(pass, i, t->saved[i], (struct keel_span){ 0 });
         }
         block_back(&back, i, i == lowest && !t->input_grads);
     }
-    KEEL_TRY(keel_recorder_submit(t->rec));
-    KEEL_TRY(keel_recorder_wait(t->rec));
-    read_loss(t, nll_sum, n_loss);
-out:
-    if (st != KEEL_OK && t->rec) {
-        keel_recorder_reset(t->rec);
-    }
-    return st;
 }
 
 keel_status keel_trainer_set_hooks(keel_trainer *t, const keel_hooks *hooks)
