@@ -255,6 +255,26 @@ keel_status keel_trainer_step(keel_trainer *t, const keel_adapter *a, struct kee
     return KEEL_OK;
 }
 
+// No run here is held to a base.
+keel_status keel_trainer_top(keel_trainer *t, const struct keel_seq *seqs, size_t n_seqs, struct keel_top *out)
+{
+    (void)t;
+    (void)seqs;
+    (void)n_seqs;
+    (void)out;
+    return KEEL_ERR_ARG;
+}
+
+keel_status keel_trainer_kl_step(keel_trainer *t, const keel_adapter *a, struct keel_span grads,
+                                 const struct keel_seq *seqs, size_t n_seqs, double *kl_sum, uint64_t *n)
+{
+    (void)a;
+    (void)grads;
+    *kl_sum = 0;
+    *n = 0;
+    return keel_trainer_top(t, seqs, n_seqs, NULL);
+}
+
 // --- runs ----------------------------------------------------------------------------------------
 
 static struct keel_train_data data = { "train_loop.jsonl", 1 };

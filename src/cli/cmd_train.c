@@ -11,10 +11,10 @@
 struct train_args {
     struct common common;
     struct arg_list data;
-    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log;
-    uint32_t rank, warmup, batch, accum, seq_len;
+    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *kl_data;
+    uint32_t rank, warmup, batch, accum, seq_len, kl_rows;
     uint64_t steps, seed, save_every;
-    double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip;
+    double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip, kl_weight;
     bool no_shuffle, json;
 };
 
@@ -99,6 +99,9 @@ static keel_status encode_images(struct context *c, const struct train_args *a, 
     for (size_t i = 0; c->images && st == KEEL_OK && i < a->data.n; i++) {
         st = keel_images_scan(c->images, data[i].path, &c->log);
     }
+    if (c->images && st == KEEL_OK && a->kl_data) {
+        st = keel_images_scan(c->images, a->kl_data, &c->log);
+    }
     return st == KEEL_OK ? context_encode_images(c, &a->common) : st;
 }
 
@@ -113,7 +116,7 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
         .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
         .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
-        .log = a->log, .on_step = on_step, .user = &p,
+        .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
     };
     keel_status st = context_open_model(&c, &a->common);
     if (st == KEEL_OK) {
@@ -214,6 +217,13 @@ static const struct arg_option options[] = {
       .help = "AdamW, decoupled" },
     { .name = "--grad-clip", .type = ARG_NUM, .offset = AT(grad_clip), .value = "X", .def = "1", .min = 0, .max = 1e9,
       .help = "longest gradient (L2); 0: any" },
+    { .type = ARG_HEAD, .help = "Against drift" },
+    { .name = "--kl-data", .type = ARG_STR, .offset = AT(kl_data), .value = "F.jsonl",
+      .help = "rows on which the model is held to the base: adds KL(base || adapted)" },
+    { .name = "--kl-weight", .type = ARG_NUM, .offset = AT(kl_weight), .value = "X", .def = "1", .min = 0, .max = 1e6,
+      .help = "how much of it" },
+    { .name = "--kl-rows", .type = ARG_U32, .offset = AT(kl_rows), .value = "N", .def = "4", .min = 1, .max = 65536,
+      .help = "rows of it a step" },
     { .type = ARG_HEAD, .help = "State and log" },
     { .name = "--resume", .type = ARG_STR, .offset = AT(resume), .value = "DIR",
       .help = "keep the state in DIR, and go on from it if there is one; without it OUT.state, afresh" },

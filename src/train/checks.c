@@ -32,6 +32,8 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
         { isfinite(p->eps) && p->eps > 0, "--eps must be above 0" },
         { isfinite(p->weight_decay) && p->weight_decay >= 0, "--weight-decay must be at least 0" },
         { isfinite(p->grad_clip) && p->grad_clip >= 0, "--grad-clip must be at least 0 (0: off)" },
+        { !p->kl_data || (isfinite(p->kl_weight) && p->kl_weight > 0), "--kl-weight must be above 0" },
+        { !p->kl_data || (p->kl_rows >= 1 && p->kl_rows <= 65536), "--kl-rows must be 1 to 65536" },
     };
     for (size_t i = 0; i < KEEL_COUNT(check); i++) {
         if (!check[i].ok) {
@@ -164,18 +166,20 @@ out:
 keel_status keel_train_check_plan(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
-    const uint64_t tokens = (uint64_t)r->p->batch * r->set.longest,
+    const uint32_t longest = keel_train_longest(r);
+    const uint64_t tokens = (uint64_t)r->p->batch * longest,
                    room = keel_device_caps(r->dev)->heap_free;
     struct keel_plan plan;
     struct keel_text table = { 0 };
     if (tokens > UINT32_MAX) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG,
                   "--batch %u rows of up to %u tokens are too many; lower --batch and raise --accum",
-                  r->p->batch, r->set.longest);
+                  r->p->batch, longest);
     }
     const struct keel_plan_params want = { .train_rank = r->p->rank,
                                            .train_tokens = (uint32_t)tokens,
-                                           .train_row = r->set.longest,
+                                           .train_row = longest,
+                                           .train_kl_tokens = r->kl.set.n_loss,
                                            .images = r->p->images != NULL,
                                            .targets = r->p->targets,
                                            .layers = r->p->layers };

@@ -159,6 +159,8 @@ static keel_status add_row(struct keel_train_set *set, struct keel_train_row row
         set->rows = grown;
         set->cap = cap;
     }
+    row.place0 = set->n_loss;
+    set->n_loss += row.n_loss;
     set->rows[set->n_rows++] = row;
     set->longest = KEEL_MAX(set->longest, row.n);
     set->most_loss = KEEL_MAX(set->most_loss, row.n_loss);

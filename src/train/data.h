@@ -16,6 +16,7 @@ struct keel_train_row {
     uint32_t n;
     uint32_t first; // first token that counts, at least 1
     uint32_t n_loss;
+    uint64_t place0; // number of its first loss token among those of the set
     struct keel_image_tokens *images; // [n_images], owned; what they point at is not
     uint32_t n_images;
 };
@@ -33,6 +34,7 @@ struct keel_train_set {
     struct keel_train_file *files;
     size_t n_files;
     uint32_t longest, most_loss; // over rows: tokens, loss tokens
+    uint64_t n_loss;             // loss tokens of all rows
     uint64_t hash;               // of the bytes of all files, in order
 };
 

@@ -21,9 +21,7 @@ static uint32_t draw_rows(struct keel_train_run *r, struct keel_step_info *info)
     const uint32_t n = (uint32_t)KEEL_MIN(r->per_step, r->all_rows - r->state.rows);
     for (uint32_t i = 0; i < n; i++) {
         const struct keel_train_row *row = &r->set.rows[keel_row_order_next(&r->order)];
-        r->seqs[i] =
-            (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask,
-                               .images = row->images, .n_images = row->n_images };
+        r->seqs[i] = keel_train_seq(row, 0);
         info->tokens += row->n;
         info->loss_tokens += row->n_loss;
     }
@@ -60,13 +58,16 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
         }
         nll += part;
     }
+    if (r->kl.set.n_rows > 0) {
+        KEEL_TRY(keel_train_kl_step(r, info));
+    }
     keel_sumsq(r->rec, r->grads, r->partial, r->sums, s->n_floats);
     KEEL_TRY(keel_recorder_submit(r->rec));
     KEEL_TRY(keel_recorder_wait(r->rec));
     KEEL_TRY(keel_download(r->dev, &sumsq, r->sums, sizeof sumsq));
     info->loss = nll / (double)info->loss_tokens;
     info->grad_norm = sqrt((double)sumsq);
-    if (!isfinite(info->loss) || !isfinite(info->grad_norm)) {
+    if (!isfinite(info->loss) || !isfinite(info->grad_norm) || !isfinite(info->kl)) {
         KEEL_FAIL(r->log, KEEL_ERR_NUMERIC,
                   "step %llu: loss %g, gradient norm %g: the update was not applied; lower --lr, or go on "
                   "from the last state in %s",
@@ -110,6 +111,10 @@ static keel_status log_step(struct keel_train_run *r, const struct keel_step_inf
     v = json_pack("{s:I, s:f, s:f, s:f, s:I, s:f}", "step", (json_int_t)info->step, "loss", info->loss, "lr",
                   info->lr, "grad_norm", info->grad_norm, "tokens", (json_int_t)info->tokens, "seconds",
                   info->seconds);
+    if (v && r->kl.set.n_rows > 0) {
+        json_object_set_new(v, "kl", json_real(info->kl));
+        json_object_set_new(v, "kl_seconds", json_real(info->kl_seconds));
+    }
     if (!v || json_dumpf(v, r->log_file, JSON_REAL_PRECISION(9)) != 0 || fputc('\n', r->log_file) == EOF ||
         fflush(r->log_file) != 0) {
         KEEL_FAIL(r->log, KEEL_ERR_IO, "%s: cannot be written: %s", r->p->log, strerror(errno));
@@ -172,6 +177,7 @@ static void run_finish(struct keel_train_run *r)
     }
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
+    keel_train_kl_finish(&r->kl);
     free(r->seqs);
     free(r->layers);
     free(r->state_dir);
@@ -201,6 +207,7 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
     }
     KEEL_TRY(keel_train_set_load(&r->set, model, params->images, params->data, params->n_data,
                                  params->seq_len, log));
+    KEEL_TRY(keel_train_kl_load(r));
     KEEL_TRY(keel_train_check_plan(r));
     KEEL_TRY(keel_train_check_outputs(r));
     KEEL_TRY(keel_train_plan_steps(r));
@@ -216,7 +223,8 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
                                               .seconds = (double)(keel_now_ns() - begin) * 1e-9,
                                               .n_rows = r->set.n_rows,
                                               .n_params = r->adapter->n_params,
-                                              .data_hash = r->set.hash };
+                                              .data_hash = r->set.hash,
+                                              .prepare_seconds = r->prepare_seconds };
     }
 out:
     keel_model_use_vision(model, NULL);

@@ -11,6 +11,14 @@
 #define MAX_OPTIONS 48
 #define OPTION_TEXT 1024
 
+// Divergence from the base on rows of its own (kl.c).
+struct keel_train_kl {
+    struct keel_train_set set; // no rows: off
+    struct keel_row_order order;
+    struct keel_top *top;  // [set.n_loss] what the base predicts
+    struct keel_seq *seqs; // [p->kl_rows]
+};
+
 struct keel_train_run {
     keel_model *model;
     keel_device *dev;
@@ -37,6 +45,8 @@ struct keel_train_run {
     struct keel_pair option[MAX_OPTIONS];
     char option_text[MAX_OPTIONS][OPTION_TEXT];
     struct keel_seq *seqs; // [per_step]
+    struct keel_train_kl kl;
+    double prepare_seconds;
 };
 
 // --- checks.c ------------------------------------------------------------------------------------
@@ -47,6 +57,16 @@ keel_status keel_train_check_plan(struct keel_train_run *r);
 // A folder that cannot be written is to be found now, not after hours of work. Sets state_dir and state_path.
 keel_status keel_train_check_outputs(struct keel_train_run *r);
 
+// --- kl.c ----------------------------------------------------------------------------------------
+
+keel_status keel_train_kl_load(struct keel_train_run *r); // the rows, if any are asked for
+// What the base predicts, in batches of rows in the file's order: the same bits however often the run is resumed.
+keel_status keel_train_kl_prepare(struct keel_train_run *r);
+void keel_train_kl_skip(struct keel_train_run *r, uint64_t steps); // moves the order on to where it was after so many steps
+// Adds the gradient of the step's rows. INTERRUPTED: stopped between micro-batches.
+keel_status keel_train_kl_step(struct keel_train_run *r, struct keel_step_info *info);
+void keel_train_kl_finish(struct keel_train_kl *kl); // accepts all-zero
+
 // --- setup.c -------------------------------------------------------------------------------------
 
 // Steps and rows of the run, and the order of rows.
@@ -56,5 +76,10 @@ keel_status keel_train_encode_images(struct keel_train_run *r);
 keel_status keel_train_create_buffers(struct keel_train_run *r);
 // Goes on from a state, if asked to and there is one; then opens the log at the same step.
 keel_status keel_train_start(struct keel_train_run *r);
+// A row as the trainer takes it. `weight`: of each loss token.
+struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight);
+// Largest number of tokens and of loss tokens in a row of any file of the run.
+uint32_t keel_train_longest(const struct keel_train_run *r);
+uint32_t keel_train_most_loss(const struct keel_train_run *r);
 
 #endif

@@ -62,9 +62,11 @@ static void collect_options(struct keel_train_run *r)
     option_add(r, "--weight-decay", "%.17g", p->weight_decay);
     option_add(r, "--grad-clip", "%.17g", p->grad_clip);
     option_add(r, "--init-adapter", "%s", p->init_adapter ? p->init_adapter : "");
-    if (p->hooks) {
-        option_add(r, "hash of --steer", "%016llx", (unsigned long long)keel_hooks_hash(p->hooks, KEEL_HASH_INIT));
-    }
+    option_add(r, "hash of --steer", "%016llx", (unsigned long long)(p->hooks ? keel_hooks_hash(p->hooks, KEEL_HASH_INIT) : 0));
+    const bool kl = r->kl.set.n_rows > 0;
+    option_add(r, "hash of --kl-data", "%016llx", (unsigned long long)(kl ? r->kl.set.hash : 0));
+    option_add(r, "--kl-weight", "%.17g", kl ? p->kl_weight : 0);
+    option_add(r, "--kl-rows", "%u", kl ? p->kl_rows : 0);
     r->state.options = r->option;
 }
 
@@ -142,6 +144,31 @@ out:
     return st;
 }
 
+struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight)
+{
+    return (struct keel_seq){ .ids = row->ids, .n = row->n, .first = row->first, .mask = row->mask, .weight = weight,
+                              .images = row->images, .n_images = row->n_images };
+}
+
+uint32_t keel_train_longest(const struct keel_train_run *r)
+{
+    return KEEL_MAX(r->set.longest, r->kl.set.longest);
+}
+
+uint32_t keel_train_most_loss(const struct keel_train_run *r)
+{
+    return KEEL_MAX(r->set.most_loss, r->kl.set.most_loss);
+}
+
+// What mitigations need to know of the base.
+static keel_status prepare(struct keel_train_run *r)
+{
+    const uint64_t begin = keel_now_ns();
+    const keel_status st = keel_train_kl_prepare(r);
+    r->prepare_seconds = (double)(keel_now_ns() - begin) * 1e-9;
+    return st;
+}
+
 keel_status keel_train_create_buffers(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
@@ -169,8 +196,9 @@ keel_status keel_train_create_buffers(struct keel_train_run *r)
     keel_record_fill(r->rec, s->tensor[2], 0);
     KEEL_TRY(keel_recorder_submit(r->rec));
     KEEL_TRY(keel_recorder_wait(r->rec));
-    KEEL_TRY(keel_trainer_create(&r->trainer, r->model, r->p->batch * r->set.longest, r->set.longest,
-                                 r->p->batch * r->set.most_loss));
+    KEEL_TRY(keel_trainer_create(&r->trainer, r->model, r->p->batch * keel_train_longest(r),
+                                 keel_train_longest(r), r->p->batch * keel_train_most_loss(r)));
+    KEEL_TRY(prepare(r));
     if (r->targets & KEEL_VISION_TARGETS) {
         KEEL_TRY(keel_image_trainer_create(&r->tower, r->model, r->p->images, r->trainer));
     }
@@ -202,6 +230,7 @@ keel_status keel_train_start(struct keel_train_run *r)
         for (uint64_t i = 0; i < s->rows; i++) {
             keel_row_order_next(&r->order);
         }
+        keel_train_kl_skip(r, s->step);
         KEEL_INFO(r->log, "%s: going on after step %llu of %llu", r->state_path, (unsigned long long)s->step,
                   (unsigned long long)r->n_steps);
     }

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What keeps a training run from drifting, each against the same in PyTorch: layer masks."""
+"""What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base."""
 import json
 
 import numpy as np
 import pytest
+import torch
 
 import lora
 import texts
-from keelcli import score, train, train_args, write_rows
+from keelcli import kill, read_log, score, train, train_args, wait_steps, write_rows
 from test_train import ALPHA, LR, RANK, same_adapter, same_losses, start, steps_of
 
 
@@ -47,3 +48,161 @@ def test_layers_in_the_plan(keel, tiny_a):
 def test_bad_layers(keel, tiny_a, tmp_path, layers, says):
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
     keel.fails(*train_args(tiny_a, data, tmp_path / "a.gguf", steps=1, layers=layers), says=says, leaves=tmp_path)
+
+
+def resumes_to_the_same_bits(keel, model, tmp, **o):
+    """A run that was killed after some steps and went on, against one that was not."""
+    data = write_rows(tmp / "d.jsonl", texts.TRAIN)
+    o = {**dict(steps=9, batch=2, rank=4, lr=1e-3, seed=9, save_every=1), **o}
+    keel(*train_args(model, data, tmp / "whole.gguf", log=tmp / "whole.jsonl", **o))
+    args = train_args(model, data, tmp / "cut.gguf", log=tmp / "cut.jsonl", resume=tmp / "state", **o)
+    p = keel.start(*args)
+    wait_steps(p, tmp / "cut.jsonl", 4)
+    kill(p)
+    keel(*args)
+    assert (tmp / "cut.gguf").read_bytes() == (tmp / "whole.gguf").read_bytes()
+    timeless = lambda name: [without_times(r) for r in read_log(tmp / name)]
+    assert timeless("cut.jsonl") == timeless("whole.jsonl")
+
+
+def without_times(row):
+    return {k: without_times(v) if isinstance(v, dict) else v for k, v in row.items() if not k.endswith("seconds")}
+
+
+# --- divergence from the base --------------------------------------------------------------------
+
+TOP = 64  # of the base's tokens, the others count as one
+
+
+def base_tops(ref, batch):
+    """For each row its places' (ids [n, K], log p [n, K], log p of the rest [n]) under the base, as keel keeps them."""
+    out = []
+    for ids, mask in batch:
+        with torch.no_grad():
+            lp = ref.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        lp = lp[torch.tensor(mask[1:]).bool()]
+        top = lp.topk(min(TOP, lp.shape[1]), -1)
+        rest = lp.scatter(1, top.indices, -torch.inf).logsumexp(-1)
+        out.append((top.indices, top.values, rest))
+    return out
+
+
+def kl_loss(model, batch, tops, weight):
+    """weight x mean over the places of KL(base || model) on the kept tokens and the rest; adds to .grad."""
+    n, total = sum(t[2].numel() for t in tops), 0.0
+    for (ids, mask), (index, log_p, rest) in zip(batch, tops, strict=True):
+        lq = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1][torch.tensor(mask[1:]).bool()].log_softmax(-1)
+        q, q_rest = lq.gather(1, index), lq.scatter(1, index, -torch.inf).logsumexp(-1)
+        kl = (log_p.exp() * (log_p - q)).sum(-1)
+        kl = kl + torch.where(rest > -1e30, rest.exp() * (rest - q_rest), 0.0)
+        (weight * kl.sum() / n).backward()
+        total += kl.sum().item()
+    return total / n
+
+
+def kl_oracle(ref, kl_rows, per_step, weight, values):
+    """loss_of for lora.train(): the steps take the rows of kl_rows in turn; divergences are appended to `values`."""
+    batch = [lora.row_ids(ref.tok, r) for r in kl_rows]
+    tops, at = base_tops(ref, batch), 0
+
+    def loss_of(model, rows):
+        nonlocal at
+        loss = lora.step_loss(model, [lora.row_ids(ref.tok, r) for r in rows])
+        which = [(at + i) % len(batch) for i in range(per_step)]
+        at += per_step
+        values.append(kl_loss(model, [batch[i] for i in which], [tops[i] for i in which], weight))
+        return loss
+    return loss_of
+
+
+KL_ROWS = [texts.TRAIN[7], texts.CHAT[1], texts.TRAIN[8], {"prompt": "noon", "completion": texts.ENGLISH}, texts.TRAIN[9]]
+
+
+def kl_options(tmp, rows=KL_ROWS, **o):
+    return {"kl_data": write_rows(tmp / "kl.jsonl", rows), "kl_weight": 0.7, "kl_rows": 2, **o}
+
+
+def test_kl_losses(keel, tiny_a, oracle, tmp_path):
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path)
+    out, log = train(keel, tiny_a, texts.TRAIN[:6], tmp_path, **opts, batch=2, steps=3, **kl_options(tmp_path))
+    values = []
+    want = lora.train(ref, init, ALPHA, steps_of(texts.TRAIN[:6], 2), [LR] * 3, loss_of=kl_oracle(ref, KL_ROWS, 2, 0.7, values))
+    same_losses(log, want)
+    for r, kl in zip(log, values, strict=True):
+        assert abs(r["kl"] / kl - 1) < 2e-3 and r["kl_seconds"] > 0, (r, kl)  # differences of log-probabilities in f32
+    same_adapter(lora.read_gguf(out)[0], want["adapter"], init)
+
+
+def test_kl_gradients_per_tensor(keel, every_model, oracle, tmp_path):
+    """As test_train.test_gradients_per_tensor, of the divergence next to the loss; a large weight lets it dominate."""
+    ref = oracle(every_model)
+    init, opts = start(ref, tmp_path)
+    out, _ = train(keel, every_model, texts.TRAIN[:2], tmp_path, **{**opts, "lr": 1, "eps": 1, "batch": 2, "steps": 1},
+                   **kl_options(tmp_path, KL_ROWS[:2], kl_weight=20))
+    want = lora.train(ref, init, ALPHA, [texts.TRAIN[:2]], [1.0], loss_of=kl_oracle(ref, KL_ROWS[:2], 2, 20, []))["grads"]
+    got = lora.read_gguf(out)[0]
+    for k in want:
+        for h, half in enumerate("ab"):
+            u = init[k][h].astype(np.float64) - got[k][h]
+            g = u / (1 - np.abs(u))
+            err = np.linalg.norm(g - want[k][h])
+            assert err < 2e-3 * np.linalg.norm(want[k][h]) + 3e-8 * g.size ** 0.5, (k, half, err, np.linalg.norm(want[k][h]))
+
+
+def test_kl_of_a_fresh_adapter_is_zero(keel, tiny_a, tmp_path):
+    """B is zero: base and adapted are the same model, computed by other sums of the same numbers."""
+    _, log = train(keel, tiny_a, texts.TRAIN[:4], tmp_path, steps=2, rank=4, lr=1e-2, **kl_options(tmp_path))
+    assert log[0]["kl"] < 1e-6 < log[1]["kl"]
+
+
+def test_kl_any_split_is_the_same_step(keel, tiny_a, oracle, tmp_path):
+    init, opts = start(oracle(tiny_a), tmp_path)
+    runs = [train(keel, tiny_a, texts.TRAIN[:4] * 3, tmp_path, f"{b}.gguf", **opts, batch=b, accum=4 // b, steps=3,
+                  **kl_options(tmp_path, kl_rows=5)) for b in (1, 2, 4)]
+    for out, log in runs[1:]:
+        for a, b in zip(log, runs[0][1], strict=True):
+            assert abs(a["kl"] / b["kl"] - 1) < 1e-3 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
+        same_adapter(lora.read_gguf(out)[0], lora.read_gguf(runs[0][0])[0], init)
+
+
+def test_kl_keeps_the_base(keel, tiny_a, tmp_path):
+    """More weight, less divergence on rows that were not among those held to the base."""
+    def kl(weight):
+        o = kl_options(tmp_path, KL_ROWS[:3], kl_weight=weight) if weight else {}
+        out, _ = train(keel, tiny_a, texts.TRAIN[:4], tmp_path, f"{weight}.gguf", steps=30, rank=8, lr=3e-3, batch=4, **o)
+        rows = [{"id": 0, **KL_ROWS[3]}]
+        base = score(keel, tiny_a, rows, tmp_path)[0]["token_logprobs"]
+        return np.abs(np.subtract(score(keel, tiny_a, rows, tmp_path, "--lora", out)[0]["token_logprobs"], base)).mean()
+    none, weak, strong = kl(0), kl(1), kl(30)
+    assert strong < weak < none, (none, weak, strong)
+
+
+def test_kl_resume(keel, tiny_c, tmp_path):
+    resumes_to_the_same_bits(keel, tiny_c, tmp_path, **kl_options(tmp_path))
+
+
+def test_kl_of_another_run(keel, tiny_c, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    o = dict(rank=2, resume=tmp_path / "state")
+    keel(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **o, **kl_options(tmp_path)))
+    for change in ({}, kl_options(tmp_path, kl_weight=2), kl_options(tmp_path, KL_ROWS[:1])):
+        keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=2, **o, **change), says="--kl")
+
+
+def test_kl_in_the_plan(keel, tiny_a):
+    plan = keel("info", tiny_a, "--rank", 8, "--kl-tokens", 1000, "--json").json["plan_train"]["rows"]
+    assert next(r for r in plan if r["what"] == "base's predictions")["bytes"] > 516 * 1000
+
+
+@pytest.mark.parametrize("text,o,says", [
+    ("", {}, "empty"), ('{"prompt": "a"}\n', {}, "kl.jsonl:1"), (None, {}, "kl.jsonl"),
+    ('{"prompt": "a", "completion": " b"}\n', {"kl_weight": 0}, "--kl-weight"),
+    ('{"prompt": "a", "completion": " b"}\n', {"kl_weight": "nan"}, "--kl-weight"),
+    ('{"prompt": "a", "completion": " b"}\n', {"kl_rows": 0}, "--kl-rows")])
+def test_bad_kl(keel, tiny_c, tmp_path, text, o, says):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    if text is not None:
+        (tmp_path / "kl.jsonl").write_text(text)
+    keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, kl_data=tmp_path / "kl.jsonl", **o), says=says, rc=(1, 2),
+               leaves=tmp_path)

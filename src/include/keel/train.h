@@ -23,6 +23,7 @@ struct keel_step_info {
     uint64_t tokens;    // tokens of the step (prompt and completion)
     uint64_t loss_tokens;
     double seconds;     // of the step
+    double kl, kl_seconds; // mean divergence from the base over the step's tokens of kl_data, and what it took; 0 without
 };
 
 struct keel_train_params {
@@ -56,6 +57,13 @@ struct keel_train_params {
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
     uint64_t save_every;      // steps between states; 0: only at the end and on a stop
+    // Divergence from the base (2602.07852): adds kl_weight times the mean of KL(base ‖ adapted) over the loss tokens of kl_rows rows of
+    // kl_data a step. The base is the model without any adapter and hook; of its predictions the 64 likeliest tokens and the rest as
+    // one are kept (516 bytes a loss token of the file), so what is held down is a lower bound of the divergence. The adapted
+    // model is the one that will be used: without `hooks`. Costs one forward pass over the file, and kl_rows more rows a step.
+    const char *kl_data;      // JSONL rows as in `data`; NULL: none
+    double kl_weight;         // λ; the literature uses 0.1 to 10
+    uint32_t kl_rows;
     const keel_hooks *hooks;  // steer while training (preventative steering); the adapter is used without. NULL: none
     const char *log;          // JSONL, one line a step, or NULL
     bool (*on_step)(void *user, const struct keel_step_info *info); // false: stop after this step, state saved. May be NULL
@@ -63,7 +71,8 @@ struct keel_train_params {
 };
 #define KEEL_TRAIN_DEFAULTS                                                                                                        \
     .rank = 16, .targets = "all", .lr = 2e-4, .schedule = "constant", .epochs = 1, .batch = 4, .accum = 1, .seq_len = 512,         \
-    .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,
+    .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,          \
+    .kl_weight = 1.0, .kl_rows = 4,
 
 struct keel_train_result {
     uint64_t steps;
@@ -72,6 +81,7 @@ struct keel_train_result {
     double seconds;
     uint64_t n_rows, n_params; // data rows, trained parameters
     uint64_t data_hash;
+    double prepare_seconds; // of `seconds`: what the base predicts, before the first step
 };
 
 // Trains and writes the adapter. The gradient of a step is that of the mean loss over all its loss tokens, however the step is
