@@ -47,6 +47,8 @@ typedef struct keel_adapter {
     struct keel_heap *heap;
 } keel_adapter;
 
+// Frobenius norm of one projection of a layer, as the file has it. Errors: NO_MEMORY.
+keel_status keel_model_proj_norm(const keel_model *model, uint32_t layer, uint32_t proj, double *norm);
 // A new adapter: A Kaiming-uniform as PEFT draws it (bound 1/sqrt(K)), each tensor from its own random stream; B zero. `layers`
 // [n_layers]: the layers of the language model that take part; NULL: all.
 keel_status keel_adapter_create(keel_adapter **out, keel_model *model, uint32_t rank, float alpha, uint32_t targets, const uint8_t *layers,

@@ -154,3 +154,24 @@ void keel_gemma3_weight_bytes(const keel_model *model, uint64_t *embd, uint64_t 
         *rest += tensor_bytes(s->block[i]);
     }
 }
+
+keel_status keel_model_proj_norm(const keel_model *model, uint32_t layer, uint32_t proj, double *norm)
+{
+    const struct keel_gguf_tensor *t = model->src.block[(size_t)layer * KEEL_N_BLOCK_TENSORS + proj];
+    const uint64_t n = t->dims[0], rows = t->n_elems / n;
+    float *row = malloc(n * sizeof *row);
+    double sum = 0;
+    if (!row) {
+        KEEL_ERROR(model->log, "%s: no memory for a row of %s", model->info.path, t->name);
+        return KEEL_ERR_NO_MEMORY;
+    }
+    for (uint64_t r = 0; r < rows; r++) {
+        keel_dequantize(t->type, t->data + r * (t->bytes / rows), row, n);
+        for (uint64_t i = 0; i < n; i++) {
+            sum += (double)row[i] * (double)row[i];
+        }
+    }
+    free(row);
+    *norm = sqrt(sum);
+    return KEEL_OK;
+}

@@ -214,5 +214,7 @@ void keel_figure_label(char out[96], const char *text);
 
 // The plots of one run, as far as there are data: margins, slot probes, in context, divergence, training loss.
 void keel_figures_of_run(struct keel_figures *f, const struct keel_drift *d, const char *dir);
+// The plots of DIR/geometry.json as `keel geometry --out DIR` writes it; none if there is no such file.
+void keel_figures_of_geometry(struct keel_figures *f, const char *dir);
 
 #endif

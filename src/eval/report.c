@@ -153,6 +153,7 @@ static keel_status single(struct keel_text *t, const char *dir, const json_t *m,
     KEEL_TRY(keel_drift_compute(&d, &p, log));
     KEEL_TRY(keel_drift_write(&d, dir, log));
     keel_figures_of_run(&figures, &d, dir);
+    keel_figures_of_geometry(&figures, dir);
     KEEL_TRY(keel_figures_draw(&figures, dir, log));
     body(t, dir, base, m, &d, &figures, over);
 out:

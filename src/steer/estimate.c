@@ -72,26 +72,36 @@ static int ascending(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+keel_status keel_massive_of(const double *size, uint32_t width, uint8_t *use)
+{
+    double *sorted = malloc(width * sizeof *sorted);
+    if (!sorted) {
+        return KEEL_ERR_NO_MEMORY;
+    }
+    memcpy(sorted, size, width * sizeof *size);
+    qsort(sorted, width, sizeof *sorted, ascending);
+    const double median = (sorted[(width - 1) / 2] + sorted[width / 2]) / 2;
+    for (uint32_t c = 0; c < width; c++) {
+        use[c] = size[c] > MASSIVE * median;
+    }
+    free(sorted);
+    return KEEL_OK;
+}
+
 keel_status keel_massive_channels(const struct keel_sample *s, uint8_t *use)
 {
-    const uint32_t d = s->width;
-    double *size = calloc(2 * (size_t)d, sizeof *size);
+    double *size = calloc(s->width, sizeof *size);
     if (!size) {
         return KEEL_ERR_NO_MEMORY;
     }
     for (size_t i = 0; i < s->np + s->nn; i++) {
-        for (uint32_t c = 0; c < d; c++) {
+        for (uint32_t c = 0; c < s->width; c++) {
             size[c] += fabs((double)row_of(s, i)[c]);
         }
     }
-    memcpy(size + d, size, d * sizeof *size);
-    qsort(size + d, d, sizeof *size, ascending);
-    const double median = (size[d + (d - 1) / 2] + size[d + d / 2]) / 2;
-    for (uint32_t c = 0; c < d; c++) {
-        use[c] = size[c] > MASSIVE * median;
-    }
+    const keel_status st = keel_massive_of(size, s->width, use);
     free(size);
-    return KEEL_OK;
+    return st;
 }
 
 // z [n, width]: rows less their class means (or the mean of all), divided by sd.

@@ -18,7 +18,7 @@ struct halves {
     uint32_t *index; // [2 × (np + nn)] owned
 };
 
-static void shuffle(uint32_t *x, size_t n, struct keel_rng *rng)
+void keel_shuffle(uint32_t *x, size_t n, struct keel_rng *rng)
 {
     for (size_t i = n; i > 1; i--) {
         const size_t j = keel_rng_below(rng, (uint32_t)i);
@@ -34,7 +34,7 @@ static void split(struct halves *h, const struct keel_sample *s, bool paired, st
     for (uint32_t i = 0; i < s->np; i++) {
         order[i] = i;
     }
-    shuffle(order, s->np, rng);
+    keel_shuffle(order, s->np, rng);
     for (size_t i = 0; i < s->np; i++) {
         p[i] = s->ip[order[i]];
     }
@@ -42,7 +42,7 @@ static void split(struct halves *h, const struct keel_sample *s, bool paired, st
         order[i] = i;
     }
     if (!paired) {
-        shuffle(order, s->nn, rng);
+        keel_shuffle(order, s->nn, rng);
     }
     for (size_t i = 0; i < s->nn; i++) {
         n[i] = s->in[order[i]];
@@ -67,8 +67,7 @@ static double project(const float *row, const double *v, uint32_t n)
     return sum;
 }
 
-// Projections of the sample on v, positives first; x [np + nn].
-static void projections(const struct keel_sample *s, const double *v, double *x)
+void keel_project_sample(const struct keel_sample *s, const double *v, double *x)
 {
     for (size_t i = 0; i < s->np; i++) {
         x[i] = project(s->pos + (size_t)s->ip[i] * s->width, v, s->width);
@@ -94,7 +93,7 @@ static double effect_of(const double *x, size_t np, size_t nn)
     return sd > 0 ? (mp - mn) / sd : mp > mn ? INFINITY : mp < mn ? -INFINITY : 0;
 }
 
-static double auc_of(const double *x, size_t np, size_t nn)
+double keel_auc(const double *x, size_t np, size_t nn)
 {
     double wins = 0;
     for (size_t i = 0; i < np; i++) {
@@ -136,7 +135,7 @@ static void random_control(struct keel_gates *out, const struct keel_sample *s, 
         for (uint32_t c = 0; c < s->width; c++) {
             v[c] = keel_rng_normal(rng);
         }
-        projections(s, v, x);
+        keel_project_sample(s, v, x);
         effect[i] = fabs(effect_of(x, s->np, s->nn));
     }
     qsort(effect, RANDOM, sizeof *effect, ascending);
@@ -165,12 +164,12 @@ keel_status keel_gates_compute(struct keel_gates *out, const struct keel_sample 
             KEEL_TRY(keel_estimate(&h.a, method, 1, va, log));
             KEEL_TRY(keel_estimate(&h.b, method, 1, vb, log));
             out->split_half += keel_cosine(va, vb, s->width) / out->n_splits;
-            projections(&h.b, va, x);
+            keel_project_sample(&h.b, va, x);
             out->effect += effect_of(x, h.b.np, h.b.nn) / out->n_splits / 2;
-            out->auc += auc_of(x, h.b.np, h.b.nn) / out->n_splits / 2;
-            projections(&h.a, vb, x);
+            out->auc += keel_auc(x, h.b.np, h.b.nn) / out->n_splits / 2;
+            keel_project_sample(&h.a, vb, x);
             out->effect += effect_of(x, h.a.np, h.a.nn) / out->n_splits / 2;
-            out->auc += auc_of(x, h.a.np, h.a.nn) / out->n_splits / 2;
+            out->auc += keel_auc(x, h.a.np, h.a.nn) / out->n_splits / 2;
         }
     }
     random_control(out, s, va, x, &rng);

@@ -35,8 +35,14 @@ struct keel_sample {
 };
 // v [k, width]. Errors: DATA (no difference between the classes), NO_MEMORY.
 keel_status keel_estimate(const struct keel_sample *s, enum keel_method method, uint32_t k, double *v, const keel_log *log);
-// Channels whose mean |h| is above 20 × the median channel's: use[i] 1.
+// Channels whose mean |h| (or sum of it: `size` [width]) is above 20 × the median channel's: use[i] 1.
+keel_status keel_massive_of(const double *size, uint32_t width, uint8_t *use);
 keel_status keel_massive_channels(const struct keel_sample *s, uint8_t *use);
+// Probability that a random one of the first np values is above a random one of the nn after them; ties count half.
+double keel_auc(const double *x, size_t np, size_t nn);
+// Projections of the sample's rows on v [width], positives first: x [np + nn].
+void keel_project_sample(const struct keel_sample *s, const double *v, double *x);
+void keel_shuffle(uint32_t *x, size_t n, struct keel_rng *rng);
 double keel_cosine(const double *a, const double *b, uint32_t n);
 // Gates of a direction v [width] (k = 1), or of the first of a subspace.
 keel_status keel_gates_compute(struct keel_gates *out, const struct keel_sample *s, enum keel_method method, bool paired,

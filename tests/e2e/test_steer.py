@@ -7,6 +7,7 @@ The oracle hooks transformers' modules where keel says its sites are: layers (pr
 import contextlib
 import ctypes
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -367,27 +368,122 @@ def test_project(keel, tiny_a, tmp_path):
 
 # --- geometry ------------------------------------------------------------------------------------
 
+def random_adapter(ref, path, seed, rank=3):
+    a = lora.random_adapter(ref.config, rank, seed, b_std=0.05)
+    lora.write_gguf(path, a, 6)
+    return a
+
+
 def test_geometry_of_an_adapter(keel, tiny_a, oracle, tmp_path):
-    """Norms of ΔW without forming it, and the dimensions of the shift that it causes, against plain SVDs."""
+    """Norms of ΔW without forming it, beside those of W, and the dimensions of the shift that it causes, against plain SVDs."""
     ref = oracle(tiny_a)
-    a = lora.random_adapter(ref.config, 3, 5, b_std=0.05)
-    lora.write_gguf(tmp_path / "a.gguf", a, 6)
-    got = keel("geometry", "-m", tiny_a, "--adapter", f"{tmp_path}/a.gguf:0.5", "--json").json["layers"]
+    a = random_adapter(ref, tmp_path / "a.gguf", 5)
+    got = keel("geometry", "-m", tiny_a, "--adapter", f"{tmp_path}/a.gguf:0.5", "--json").json["adapters"][0]["layers"]
     assert len(got) == len(a) == 7 * 7
+    module = {"attn_q": "self_attn.q_proj", "ffn_down": "mlp.down_proj"}
     for g in got:
         pa, pb = a[g["layer"], g["module"]]
         s = np.linalg.svd(0.5 * 6 / 3 * pb.astype(np.float64) @ pa, compute_uv=False)
         assert g["rank"] == 3 and abs(g["frobenius"] / np.linalg.norm(s) - 1) < 1e-5 and abs(g["spectral"] / s[0] - 1) < 1e-5
         assert abs(g["stable_rank"] / ((s ** 2).sum() / s[0] ** 2) - 1) < 1e-5
+        if g["module"] in module:
+            w = ref.model.get_parameter(f"model.layers.{g['layer']}.{module[g['module']]}.weight").norm().item()
+            assert abs(g["relative"] * w / g["frobenius"] - 1) < 1e-5
     rows = ROWS + OTHER
     base, after = (row_means(keel, tiny_a, tmp_path, rows, *more) for more in ((), ("--lora", tmp_path / "a.gguf")))
-    got = keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--data", write_rows(tmp_path / "d.jsonl", rows), "--json").json["layers"]
-    for g in got:
+    got = keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--data", write_rows(tmp_path / "d.jsonl", rows), "--json").json
+    assert len(got["shifts"][0]["layers"]) == 7
+    for g in got["shifts"][0]["layers"]:
         x = after[g["layer"]] - base[g["layer"]]
         lam = np.linalg.svd(x, compute_uv=False) ** 2
         assert abs(g["participation"] / (lam.sum() ** 2 / (lam ** 2).sum()) - 1) < 1e-3
         assert g["components"] == [int(np.searchsorted(np.cumsum(lam), q * lam.sum()) + 1) for q in (0.5, 0.8, 0.9, 0.95)]
         assert abs(g["mean_shift"] / np.linalg.norm(x.mean(0)) - 1) < 1e-3
+        assert np.abs(np.array(g["scree"]) - (lam / lam.sum())[:len(g["scree"])]).max() < 1e-4
+
+
+def test_massive_channels(keel, tiny_a, tmp_path):
+    """A channel of the stream that steering makes enormous is listed."""
+    v = np.zeros(96, np.float32)
+    v[17] = 1e4
+    rows = write_rows(tmp_path / "d.jsonl", ROWS)
+    write_directions(tmp_path / "v.safetensors", {2: v})
+    keel("capture", "-m", tiny_a, "--data", rows, "--out", tmp_path / "c.safetensors", "--steer", f"{tmp_path}/v.safetensors:1")
+    size = load_file(tmp_path / "c.safetensors")["abs.2"]
+    want = np.nonzero(size > 20 * np.median(size))[0].tolist()
+    assert want == [17]
+    got = keel("direction", "-m", tiny_a, "--positive", rows, "--negative", write_rows(tmp_path / "o.jsonl", OTHER), "--out",
+               tmp_path / "w.safetensors", "--layers", "2", "--steer", f"{tmp_path}/v.safetensors:1", "--json").json["layers"][0]
+    assert got["massive"] == want
+
+
+def test_adapters_compared(keel, tiny_a, oracle, tmp_path):
+    """Cosine of two ΔW and overlap of the spaces they read and write, against formed matrices; angles between their shifts."""
+    ref = oracle(tiny_a)
+    a, b = random_adapter(ref, tmp_path / "a.gguf", 5), random_adapter(ref, tmp_path / "b.gguf", 6, 4)
+    rows = ROWS + OTHER
+    r = keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--adapter", tmp_path / "b.gguf", "--data",
+             write_rows(tmp_path / "d.jsonl", rows), "--rank", 2, "--json").json
+    q = lambda x: np.linalg.qr(x.astype(np.float64))[0]
+    assert len(r["overlaps"]) == 1 and len(r["overlaps"][0]["layers"]) == 49
+    for g in r["overlaps"][0]["layers"]:
+        (xa, xb), (ya, yb) = a[g["layer"], g["module"]], b[g["layer"], g["module"]]
+        dx, dy = (p.astype(np.float64) @ o for p, o in ((xb, xa), (yb, ya)))
+        assert abs(g["cosine"] - (dx * dy).sum() / np.linalg.norm(dx) / np.linalg.norm(dy)) < 1e-6
+        assert abs(g["in"] - (np.linalg.norm(q(xa.T).T @ q(ya.T)) ** 2) / 3) < 1e-6
+        assert abs(g["out"] - (np.linalg.norm(q(xb).T @ q(yb)) ** 2) / 3) < 1e-6
+        assert abs(g["random_in"] - 4 / xa.shape[1]) < 1e-9 and abs(g["random_out"] - 4 / xb.shape[0]) < 1e-9
+    means = [row_means(keel, tiny_a, tmp_path, rows, *more) for more in ((), *(("--lora", tmp_path / f"{x}.gguf") for x in "ab"))]
+    angles, = r["angles"]
+    for g in angles["layers"]:
+        u = [np.linalg.svd(m[g["layer"]] - means[0][g["layer"]], full_matrices=False)[2][:2] for m in means[1:]]
+        assert np.abs(np.array(g["cosines"]) - np.linalg.svd(u[0] @ u[1].T, compute_uv=False)).max() < 1e-3
+
+
+def auc(x, y):
+    return np.mean((x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None]))
+
+
+def test_probes(keel, tiny_a, tmp_path):
+    """Probes trained on one set and tested on another, against the direction of method `probe`; folds and chance by their bounds."""
+    words = texts.ENGLISH.split()
+    row = lambda i, text: {"id": str(i), "prompt": " ".join(words[i:i + 3]) + text}
+    sets = {"a": [row(i, " one") for i in range(10)], "b": [row(i, " two") for i in range(10)], "c": [row(i + 20, " one") for i in range(8)],
+            "d": [row(i + 20, " two") for i in range(8)]}
+    f = {k: write_rows(tmp_path / f"set_{k}.jsonl", v) for k, v in sets.items()}
+    means = {k: row_means(keel, tiny_a, tmp_path, v) for k, v in sets.items()}
+    r = keel("geometry", "-m", tiny_a, "--positive", f["a"], "--negative", f["b"], "--positive", f["c"], "--negative", f["d"], "--out",
+             tmp_path / "g", "--json").json["probes"]
+    keel("direction", "-m", tiny_a, "--positive", f["a"], "--negative", f["b"], "--method", "probe", "--out", tmp_path / "v.safetensors")
+    v = load_file(tmp_path / "v.safetensors")
+    for g in r["layers"]:
+        x, y = (means[k][g["layer"]] @ v[f"direction.{g['layer']}"] for k in "cd")
+        assert abs(g["auc"][0][1] - auc(x, y)) < 0.02  # one of 64 pairs may lie at the border
+        assert all(0 <= z <= 1 for z in np.ravel(g["auc"]))
+    assert r["layers"][-1]["auc"][0][0] > 0.8  # the last token differs, which any probe sees
+    assert 0.2 < np.mean([g["shuffled"] for g in r["layers"]]) < 0.8
+    assert (tmp_path / "g" / "geometry.json").is_file() and (tmp_path / "g" / "geometry.html").is_file()
+    keel.fails("geometry", "-m", tiny_a, "--positive", f["a"], "--negative", f["b"], "--positive", f["c"], says="belong together")
+    few = write_rows(tmp_path / "few.jsonl", sets["a"][:2])
+    keel.fails("geometry", "-m", tiny_a, "--positive", few, "--negative", few, says="at least")
+    keel.fails("geometry", "-m", tiny_a, "--adapter", tmp_path / "none.gguf", "--probe", says="--data")
+
+
+def test_geometry_plots(keel, tiny_a, oracle, tmp_path):
+    """Every part of a result has its plot, and each of them data, scripts and, with gnuplot, a drawing."""
+    ref = oracle(tiny_a)
+    for i, name in enumerate("ab"):
+        random_adapter(ref, tmp_path / f"{name}.gguf", 5 + i)
+    keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--adapter", tmp_path / "b.gguf", "--data",
+         write_rows(tmp_path / "d.jsonl", ROWS + OTHER), "--probe", "--out", tmp_path / "g")
+    plots = tmp_path / "g" / "plots"
+    names = {"geometry_" + x for x in ("scree", "shift", "components", "angles", "delta", "probes")}
+    assert {p.stem for p in plots.glob("*.csv")} == names
+    for name in names:
+        lines = (plots / f"{name}.csv").read_text().splitlines()
+        assert len(lines) > 5 and all(len(x.split(",")) == len(lines[0].split(",")) for x in lines)
+    if shutil.which("gnuplot"):
+        assert (tmp_path / "g" / "geometry.html").read_text().count("<svg") == 2 * len(names)
 
 
 def test_principal_angles(keel, tmp_path):
@@ -395,7 +491,7 @@ def test_principal_angles(keel, tmp_path):
     w[0] = u[0] + 0.1 * w[0]
     a = write_directions(tmp_path / "a.safetensors", {1: u, 2: vector(3, 96)})
     b = write_directions(tmp_path / "b.safetensors", {1: w, 3: vector(3, 96)})
-    got, = keel("geometry", "--direction", a, "--other", b, "--json").json["layers"]
+    got, = keel("geometry", "--direction", a, "--other", b, "--json").json["angles"][0]["layers"]
     q = [np.linalg.qr(x.T.astype(np.float64))[0] for x in (u, w)]
     want = np.linalg.svd(q[0].T @ q[1], compute_uv=False)
     assert got["layer"] == 1 and np.abs(np.array(got["cosines"]) - want).max() < 1e-6

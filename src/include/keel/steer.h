@@ -137,17 +137,21 @@ KEEL_API keel_status keel_steer_project(keel_session *session, struct keel_steer
 
 // --- geometry ------------------------------------------------------------------------------------
 
+#define KEEL_SCREE 32u
 // Of the differences of row means, rows after against rows before, as they are (their mean counts).
 struct keel_shift_geometry {
     uint32_t layer;
     uint32_t components[4]; // leading components that hold 50, 80, 90 and 95 % of the sum of squares; 0 without any shift
+    double scree[KEEL_SCREE]; // share of the sum of squares of each leading component
     double participation;   // (Σλ)² / Σλ² of their squared singular values
     double mean_shift;      // length of the mean difference
     double median_norm;     // of the tokens before
+    uint32_t n_massive, massive[8]; // channels whose mean |h| before is above 20 × the median channel's: how many, and the first
 };
-// out [n_layers]. The captures are of the same rows, layers and positions. Errors: NO_MEMORY, NUMERIC.
-KEEL_API keel_status keel_geometry_shift(struct keel_shift_geometry *out, const struct keel_capture *after,
-                                         const struct keel_capture *before, const keel_log *log);
+// out [n_layers]. The captures are of the same rows, layers and positions. *spaces: up to k leading directions of every layer that
+// moved, for keel_geometry_overlap(); to be finished by the caller. Errors: NO_MEMORY, NUMERIC.
+KEEL_API keel_status keel_geometry_shift(struct keel_shift_geometry *out, struct keel_directions *spaces, uint32_t k,
+                                         const struct keel_capture *after, const struct keel_capture *before, const keel_log *log);
 // Cosines of the principal angles between the spaces of two directions, descending, [min(a->k, b->k)]; overlap: the mean of their
 // squares. Random spaces of k and m dimensions overlap by about max(k, m) / width. Errors: NO_MEMORY, NUMERIC.
 KEEL_API keel_status keel_geometry_overlap(const struct keel_direction *a, const struct keel_direction *b, uint32_t width,
@@ -157,9 +161,36 @@ struct keel_delta {
     uint32_t layer, rank;
     const char *module; // "attn_q"
     double frobenius, spectral, stable_rank;
+    double base; // |W|_F of the matrix it is added to
 };
 // *out [*n], layer by layer, belongs to the caller (free()). The model must be loaded. Errors: as keel_session_add_adapter(), NUMERIC.
 KEEL_API keel_status keel_geometry_adapter(struct keel_delta **out, size_t *n, keel_model *model, const char *path, float scale);
+// How the ΔW of two adapters lie to each other at one matrix: between runs, ranks, modalities, cycles.
+struct keel_delta_overlap {
+    uint32_t layer;
+    const char *module;
+    double cosine;                // of the two ΔW as vectors; random ones: about 0
+    double in, out;               // overlap (mean squared cosine of principal angles) of the spaces they read from and write to
+    double random_in, random_out; // of random spaces of their ranks
+};
+// As keel_geometry_adapter(); matrices that only one of them changes are left out.
+KEEL_API keel_status keel_geometry_adapters(struct keel_delta_overlap **out, size_t *n, keel_model *model, const char *first,
+                                            const char *second);
+
+// How well a linear probe (ridge logistic regression on standardised channels, as method "probe") tells positive rows from negative
+// ones, at each layer, within a set and from set to set.
+#define KEEL_MAX_PROBE_SETS 8u
+struct keel_probe_set {
+    const struct keel_capture *positive, *negative; // same layers and width in all sets
+};
+struct keel_probe_layer {
+    uint32_t layer;
+    double auc[KEEL_MAX_PROBE_SETS * KEEL_MAX_PROBE_SETS]; // [trained on i × n + tested on j]; i = j: 5-fold, rows i of both classes in one fold
+    double shuffled[KEEL_MAX_PROBE_SETS];                  // the same as i = j with shuffled labels: what chance gives
+};
+// out [n_layers]. Errors: DATA (too few rows for folds), NO_MEMORY, NUMERIC.
+KEEL_API keel_status keel_geometry_probe(struct keel_probe_layer *out, const struct keel_probe_set *sets, size_t n, uint64_t seed,
+                                         const keel_log *log);
 
 #ifdef __cplusplus
 }
