@@ -169,6 +169,42 @@ static void cost_table(struct keel_text *t, const struct keel_chain *c)
     add(t, "</table></div><p class=note>Means over seeds; memory: the most that was held at a time, weights included. Each run by itself: costs.csv.</p>");
 }
 
+// Whether the directions that the study made mean anything.
+static void direction_table(struct keel_text *t, const json_t *m)
+{
+    const char *name;
+    json_t *layers, *g;
+    size_t i;
+    if (!json_object_get(m, "directions")) {
+        return;
+    }
+    add(t, "<h2>Directions</h2><div class=scroll><table class=s><tr><th>direction, layer</th><th>split-half</th><th>massive channels</th><th>effect</th>"
+           "<th>by chance</th><th>verdict</th></tr>");
+    json_object_foreach(json_object_get(m, "directions"), name, layers)
+    {
+        json_array_foreach(layers, i, g)
+        {
+            const bool good = json_is_true(json_object_get(g, "admissible"));
+            add(t, "<tr><td>");
+            keel_html_escape(t, name);
+            keel_text_addf(t, ", layer %d</td>", (int)json_integer_value(json_object_get(g, "layer")));
+            keel_page_td(t, "split-half");
+            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "split_half")));
+            keel_page_td(t, "massive channels");
+            keel_text_addf(t, "%.1f %%</td>", 100 * json_number_value(json_object_get(g, "massive_share")));
+            keel_page_td(t, "effect");
+            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "effect")));
+            keel_page_td(t, "by chance");
+            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "random_95")));
+            keel_page_td(t, "verdict");
+            keel_text_addf(t, "<span class=%s>%s</span></td></tr>", good ? "ok" : "over", good ? "admissible" : "not admissible");
+        }
+    }
+    add(t, "</table></div><p class=note>Split-half: cosine of the directions of two halves of the prompts, at least 0.5. Massive channels: their share of "
+           "the direction, below 5 %. Effect: distance of the two sets in standard deviations on the half not used, above the 95th percentile of "
+           "random directions. A direction that fails should not be read.</p>");
+}
+
 // Every seed by itself, and Student's interval over their means.
 static void seed_table(struct keel_text *t, const struct keel_chain *c, const struct keel_drift *d)
 {
@@ -235,6 +271,7 @@ void keel_chain_page(struct keel_text *t, const char *dir, const json_t *m, cons
     keel_page_figures(t, f);
     keel_page_answers(t, c->base, g->dir[0], "examples.jsonl", "Probes before and after", last->name, KEEL_EXAMPLES_NOTE);
     cost_table(t, c);
+    direction_table(t, m);
     seed_table(t, c, d);
     add(t, "<h2>All numbers of ");
     keel_html_escape(t, last->name);

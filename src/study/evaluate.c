@@ -32,7 +32,7 @@ keel_status keel_study_hooks(struct study *s, const struct study_state *state, k
     *hooks = NULL;
     for (size_t i = 0; i < state->n_steer; i++) {
         char words[4200];
-        keel_study_path(words, s->folder, state->steer[i]);
+        keel_study_direction_path(s, words, state->steer[i]);
         if (i == 0) {
             KEEL_TRY(keel_hooks_create(hooks, s->model));
         }
@@ -141,7 +141,7 @@ static keel_status projection(const struct evaluation *e)
         return KEEL_OK;
     }
     keel_study_path(from, e->s->folder, f->slots);
-    keel_study_path(file, e->s->folder, f->projection.directions);
+    keel_study_direction_path(e->s, file, f->projection.directions);
     KEEL_TRY(keel_study_hooks(e->s, e->state, &hooks));
     KEEL_TRY(keel_measure_projection(&e->m, from, to, &(struct keel_measure_along){ .directions = file, .at = f->projection.at,
                                                                                      .layer = f->projection.layer,

@@ -125,6 +125,9 @@ keel_status keel_study_each_rows(const struct study_file *f, keel_status (*fn)(v
     keel_status st = KEEL_OK;
     const char *const eval[] = { f->eval.margin, f->eval.narrow, f->eval.kl, f->eval.slots };
     json_t *seen = json_object();
+    for (size_t i = 0; i < f->n_directions; i++) {
+        KEEL_TRY(once(seen, f->direction[i].rows, fn, user));
+    }
     KEEL_TRY(each_of_training(seen, &f->train, fn, user));
     for (size_t i = 0; i < f->n_stages; i++) {
         KEEL_TRY(each_of_training(seen, &f->stage[i].train, fn, user));
@@ -149,7 +152,18 @@ static keel_status add_rows(void *user, const char *name)
     return add_data(l->list, l->o, l->o->folder, name, true, l->log);
 }
 
-// Files of directions that stages steer with.
+const struct study_direction *keel_study_find_direction(const struct study_file *f, const char *words)
+{
+    const size_t len = strcspn(words, ":@,");
+    for (size_t i = 0; i < f->n_directions; i++) {
+        if (strlen(f->direction[i].name) == len && memcmp(f->direction[i].name, words, len) == 0) {
+            return &f->direction[i];
+        }
+    }
+    return NULL;
+}
+
+// Files of directions that stages steer with; not those that the study makes.
 static keel_status add_steering(const struct data_list *l)
 {
     keel_status st = KEEL_OK;
@@ -157,6 +171,9 @@ static keel_status add_steering(const struct data_list *l)
         const struct study_stage *s = &l->o->file->stage[i];
         for (size_t k = 0; k < s->n_steer && st == KEEL_OK; k++) {
             char *file;
+            if (keel_study_find_direction(l->o->file, s->steer[k])) {
+                continue;
+            }
             st = keel_steer_file(&file, s->steer[k], l->log);
             if (st == KEEL_OK) {
                 st = add_data(l->list, l->o, l->o->folder, file, false, l->log);
@@ -174,7 +191,10 @@ static keel_status list_data(json_t **out, const struct study_origin *o, const k
     struct data_list l = { *out, o, log };
     KEEL_TRY(keel_study_each_rows(o->file, add_rows, &l));
     KEEL_TRY(add_steering(&l));
-    KEEL_TRY(add_data(*out, o, o->folder, o->file->eval.projection.directions, false, log));
+    const char *along = o->file->eval.projection.directions;
+    if (along && !keel_study_find_direction(o->file, along)) {
+        KEEL_TRY(add_data(*out, o, o->folder, along, false, log));
+    }
     KEEL_TRY(add_data(*out, o, ".", o->mmproj_path, false, log));
 out:
     return st;

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 // study/projection.c: projections of the prompts' activations on a direction (science notes M5), through the steer room.
-#include "probes.h"
-
-#include <keel/steer.h>
+#include "along.h"
 
 #include <stdlib.h>
 
@@ -30,28 +28,39 @@ out:
     return st;
 }
 
-// The prompts as rows of the steer room, which borrow them.
-static keel_status steer_rows(struct keel_steer_rows *out, struct keel_prompt *prompt, const struct keel_measure *m,
-                              const struct keel_probes *p, const size_t *which, size_t n)
+keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n)
 {
     keel_status st = KEEL_OK;
-    out->row = calloc(n + 1, sizeof *out->row);
-    if (!out->row) {
-        return KEEL_ERR_NO_MEMORY;
+    *out = (struct keel_along){ .prompt = calloc(n + 1, sizeof *out->prompt) };
+    out->rows.row = calloc(n + 1, sizeof *out->rows.row);
+    if (!out->prompt || !out->rows.row) {
+        KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", p->file);
     }
     for (size_t i = 0; i < n; i++) {
         const struct keel_row row = keel_probes_row(p, which ? which[i] : i);
-        KEEL_TRY(keel_probe_prompt(m, &row, &prompt[i]));
+        struct keel_prompt *prompt = &out->prompt[i];
+        KEEL_TRY(keel_probe_prompt(m, &row, prompt));
         float *logprob = calloc(1, sizeof *logprob); // of the token that is put behind the prompt to run it
         if (!logprob) {
-            return KEEL_ERR_NO_MEMORY;
+            KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", p->file);
         }
-        out->row[out->n++] = (struct keel_score_row){ .ids = prompt[i].ids, .n = prompt[i].n, .first = prompt[i].n, .logprobs = logprob,
-                                                      .images = prompt[i].images, .n_images = prompt[i].n_images };
-        out->longest = KEEL_MAX(out->longest, prompt[i].n);
+        out->rows.row[out->rows.n++] = (struct keel_score_row){ .ids = prompt->ids, .n = prompt->n, .first = prompt->n, .logprobs = logprob,
+                                                                .images = prompt->images, .n_images = prompt->n_images };
+        out->rows.longest = KEEL_MAX(out->rows.longest, prompt->n);
     }
 out:
     return st;
+}
+
+void keel_along_finish(struct keel_along *a)
+{
+    for (size_t i = 0; i < a->rows.n; i++) {
+        free(a->rows.row[i].logprobs);
+        keel_prompt_finish(&a->prompt[i]);
+    }
+    free(a->rows.row);
+    free(a->prompt);
+    *a = (struct keel_along){ 0 };
 }
 
 keel_status keel_probes_project(const struct keel_probes *p, const struct keel_measure *m, const struct keel_measure_along *how,
@@ -59,30 +68,19 @@ keel_status keel_probes_project(const struct keel_probes *p, const struct keel_m
 {
     keel_status st = KEEL_OK;
     struct keel_directions d = { 0 };
-    struct keel_steer_rows rows = { 0 };
+    struct keel_along a = { 0 };
     struct keel_positions at;
-    struct keel_prompt *prompt = calloc(n + 1, sizeof *prompt);
-    if (!prompt) {
-        KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", p->file);
-    }
     KEEL_TRY(keel_directions_read(&d, how->directions, m->log));
     KEEL_TRY(choose(&d, how, m->log));
     KEEL_TRY(keel_positions_parse(how->at, &at, m->log));
-    KEEL_TRY(steer_rows(&rows, prompt, m, p, which, n));
+    KEEL_TRY(keel_along_rows(&a, m, p, which, n));
     const struct keel_directions one = { .width = d.width, .n = 1, .site = d.site, .model_hash = d.model_hash, .at = &d.at[0] };
-    KEEL_TRY(keel_steer_project(m->session, &rows, &one, at, how->hooks, value, 1, m->progress, m->user));
+    KEEL_TRY(keel_steer_project(m->session, &a.rows, &one, at, how->hooks, value, 1, m->progress, m->user));
     for (size_t i = 0; i < n; i++) {
         value[i] /= keel_direction_length(d.at[0].v, d.width);
     }
 out:
-    for (size_t i = 0; prompt && i < n; i++) {
-        keel_prompt_finish(&prompt[i]);
-    }
-    for (size_t i = 0; i < rows.n; i++) {
-        free(rows.row[i].logprobs);
-    }
-    free(rows.row);
-    free(prompt);
+    keel_along_finish(&a);
     keel_directions_finish(&d);
     return st;
 }

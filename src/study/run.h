@@ -43,6 +43,10 @@ struct study_state {
 // Opens the folder of the whole study, of a run of its sweep (`run`) or of a stage of one. `sub`: its subfolders, ends with NULL.
 keel_status keel_study_open(struct study *s, struct study_folder *folder, const char *path, const struct study_setting *run,
                             const struct study_stage *stage, const char *const *sub);
+// Makes the study's directions of the base model, those that are not there yet, in OUT/directions, and says in OUT's manifest how they fared.
+keel_status keel_study_directions(struct study *s);
+// Words or a file name that begin with the name of such a direction, with its file; others begin in the study file's folder.
+void keel_study_direction_path(const struct study *s, char out[4200], const char *words);
 // Images, then weights, unless they are there: the tower and the model are not on the device together.
 keel_status keel_study_load(struct study *s);
 // Soft tokens under what the first `n` adapters of a state change in the vision tower. Most change nothing there, then nothing happens.

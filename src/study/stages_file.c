@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// study/stages_file.c: the stages of a study file: what each does and which it starts from. An entry with several values of coef or
+// study/stages_file.c: the stages of a study file: what each does and which it starts from; and the directions it makes. An entry with several values of coef or
 // scale makes one stage of each.
 #include "study_yaml.h"
 
@@ -52,14 +52,19 @@ static const struct study_stage *find(const struct study_file *f, const char *na
     return NULL;
 }
 
-static keel_status check_name(const struct entry *e)
+const char *keel_study_bad_name(const char *name)
 {
     static const char letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-";
-    const char *name = e->y->name;
-    if (strlen(name) > MAX_NAME || name[strspn(name, letters)] || strcmp(name, "base") == 0) {
-        return keel_study_complain(&e->src, "stages", "name", "must be up to 40 letters, digits, - and _, and not \"base\": it names a folder");
-    }
-    return find(e->f, name) ? keel_study_complain(&e->src, "stages", "name", "is the name of an earlier stage") : KEEL_OK;
+    return strlen(name) > MAX_NAME || name[strspn(name, letters)] || strcmp(name, "base") == 0
+               ? "must be up to 40 letters, digits, - and _, and not \"base\": it names a folder or a file"
+               : NULL;
+}
+
+static keel_status check_name(const struct entry *e)
+{
+    const char *bad = keel_study_bad_name(e->y->name);
+    bad = bad ? bad : find(e->f, e->y->name) ? "is the name of an earlier stage" : NULL;
+    return bad ? keel_study_complain(&e->src, "stages", "name", bad) : KEEL_OK;
 }
 
 // The stage to start from: the one named, else the last training before.
@@ -286,6 +291,44 @@ keel_status keel_study_fill_stages(const struct study_source *src, struct study_
         if (f->n_stages > STUDY_MAX_STAGES) {
             KEEL_TRY(keel_study_complain(src, "", "stages", "are more than 64"));
         }
+    }
+out:
+    return st;
+}
+
+// --- directions ----------------------------------------------------------------------------------
+
+static keel_status check_direction(const struct study_source *src, const struct study_file *f, const struct yaml_direction *y)
+{
+    const char *bad = keel_study_bad_name(y->name);
+    bool known = false;
+    for (size_t i = 0; i < f->n_directions; i++) {
+        bad = strcmp(f->direction[i].name, y->name) == 0 ? "is the name of an earlier direction" : bad;
+        known = known || (y->random_like && strcmp(f->direction[i].name, y->random_like) == 0);
+    }
+    if (!bad && y->random_like) {
+        bad = !known ? "its random_like is no earlier direction" : y->rows || y->positive || y->negative ? "random_like stands alone" : NULL;
+    } else if (!bad && !(y->rows && y->positive && y->negative)) {
+        bad = "the direction needs rows (prompts), and system messages as positive and negative; or random_like";
+    }
+    return bad ? keel_study_complain(src, "directions", "name", bad) : KEEL_OK;
+}
+
+keel_status keel_study_fill_directions(const struct study_source *src, struct study_file *f, const struct yaml_study *y)
+{
+    keel_status st = KEEL_OK;
+    f->direction = calloc(y->directions_count + 1, sizeof *f->direction);
+    if (!f->direction) {
+        KEEL_FAIL(src->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", src->name);
+    }
+    for (unsigned i = 0; i < y->directions_count; i++) {
+        const struct yaml_direction *d = &y->directions[i];
+        const struct study_source at = keel_study_entry(src, "directions", d->name);
+        KEEL_TRY(check_direction(&at, f, d));
+        f->direction[f->n_directions++] = (struct study_direction){
+            .name = d->name, .rows = d->rows, .positive = d->positive, .negative = d->negative, .layers = d->layers ? d->layers : "all",
+            .at = d->at ? d->at : "last_prompt", .method = d->method ? d->method : "mean_mask", .random_like = d->random_like,
+        };
     }
 out:
     return st;

@@ -266,6 +266,7 @@ static keel_status fill(const struct study_source *src, struct study_file *f, co
     KEEL_TRY(fill_top_train(src, &f->train, &y->train));
     KEEL_TRY(fill_eval(src, &f->eval, &y->eval));
     KEEL_TRY(fill_runs(src, f, &y->sweep));
+    KEEL_TRY(keel_study_fill_directions(src, f, y));
     KEEL_TRY(keel_study_fill_stages(src, f, y));
     KEEL_TRY(keel_study_real(src, "budget", "kl_mean", y->budget.kl_mean, 0, 1e9, &f->budget.kl_mean));
     KEEL_TRY(keel_study_real(src, "budget", "margin_drop", y->budget.margin_drop, 0, 1e9, &f->budget.margin_drop));
@@ -311,6 +312,7 @@ void keel_study_free(struct study_file **f)
             keel_study_stage_finish(&(*f)->stage[i]);
         }
         free((*f)->stage);
+        free((*f)->direction);
         free((*f)->train.data);
         free((*f)->run);
         free(*f);

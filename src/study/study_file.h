@@ -40,6 +40,13 @@ struct study_setting { // what differs between the runs of a sweep
     double mixture;
     uint64_t seed;
 };
+// A direction that the study makes of the base model: between the same prompts under two system messages, or a random control.
+struct study_direction {
+    const char *name;                       // words and projections name it in place of a file
+    const char *rows, *positive, *negative; // prompts; the system messages that it points to and from
+    const char *layers, *at, *method;       // as those of keel direction
+    const char *random_like;                // NULL, or the direction before whose lengths a random one has
+};
 // Small evaluations in the course of a training: P(contrary) of slot probes of one cell.
 struct study_watch {
     uint32_t every;  // steps; 0: there are none
@@ -77,6 +84,8 @@ struct study_file {
     bool sweep;                // several runs in folders of their own
     struct study_setting *run; // [n_runs] in the order they run; seeds of one setting stand together
     size_t n_runs;
+    struct study_direction *direction; // [n_directions]
+    size_t n_directions;
     struct study_stage *stage; // [n_stages] in order; none: base, train, evaluation
     size_t n_stages;
     void *yaml; // what libcyaml loaded; the strings above point into it

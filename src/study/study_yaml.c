@@ -88,6 +88,20 @@ static const cyaml_schema_field_t stage_fields[] = {
     CYAML_FIELD_SEQUENCE("scale", OPT, struct yaml_stage, scale, &real_entry, 1, STUDY_MAX_VALUES),
     CYAML_FIELD_END,
 };
+static const cyaml_schema_field_t direction_fields[] = {
+    TEXT(PTR, yaml_direction, name),
+    TEXT(OPT, yaml_direction, rows),
+    TEXT(OPT, yaml_direction, positive),
+    TEXT(OPT, yaml_direction, negative),
+    TEXT(OPT, yaml_direction, layers),
+    TEXT(OPT, yaml_direction, at),
+    TEXT(OPT, yaml_direction, method),
+    TEXT(OPT, yaml_direction, random_like),
+    CYAML_FIELD_END,
+};
+static const cyaml_schema_value_t direction_entry = {
+    CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, struct yaml_direction, direction_fields),
+};
 static const cyaml_schema_value_t stage_entry = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, struct yaml_stage, stage_fields),
 };
@@ -105,6 +119,7 @@ static const cyaml_schema_field_t top_fields[] = {
     CYAML_FIELD_MAPPING("eval", CYAML_FLAG_DEFAULT, struct yaml_study, eval, eval_fields),
     CYAML_FIELD_MAPPING("budget", CYAML_FLAG_OPTIONAL, struct yaml_study, budget, budget_fields),
     CYAML_FIELD_MAPPING("sweep", CYAML_FLAG_OPTIONAL, struct yaml_study, sweep, sweep_fields),
+    CYAML_FIELD_SEQUENCE("directions", OPT, struct yaml_study, directions, &direction_entry, 1, STUDY_MAX_DIRECTIONS),
     CYAML_FIELD_SEQUENCE("stages", OPT, struct yaml_study, stages, &stage_entry, 1, STUDY_MAX_STAGES),
     CYAML_FIELD_END,
 };

@@ -10,6 +10,7 @@
 #define STUDY_MAX_VALUES 32 // of one axis of a sweep, or of one scan
 #define STUDY_MAX_SEEDS 16  // as many runs as the eval room pools
 #define STUDY_MAX_STAGES 64
+#define STUDY_MAX_DIRECTIONS 16
 
 struct yaml_data {
     char *file;
@@ -30,6 +31,9 @@ struct yaml_eval {
     char *margin, *narrow, *kl, *slots, *prompts;
     uint64_t *answer_tokens, *examples, *context_rows, *context_probes;
     struct yaml_projection *projection;
+};
+struct yaml_direction {
+    char *name, *rows, *positive, *negative, *layers, *at, *method, *random_like;
 };
 struct yaml_watch {
     uint64_t *every, *probes;
@@ -61,9 +65,9 @@ struct yaml_study {
     struct yaml_budget budget;
     struct yaml_sweep sweep;
     struct yaml_stage *stages;
-    unsigned stages_count;
+    struct yaml_direction *directions;
+    unsigned stages_count, directions_count;
 };
-
 
 // The text under check, for messages.
 struct study_source {
@@ -89,6 +93,10 @@ struct study_source keel_study_entry(const struct study_source *src, const char 
 // What a training is when `y` (or NULL) says how it differs from `def`. t->data belongs to the caller (free()), also after an error.
 keel_status keel_study_fill_train(const struct study_source *src, const char *section, const struct study_train *def, struct study_train *t,
                                   const struct yaml_train *y);
+// The directions of the study.
+keel_status keel_study_fill_directions(const struct study_source *src, struct study_file *f, const struct yaml_study *y);
+// What names a folder or a file: NULL, or why `name` cannot.
+const char *keel_study_bad_name(const char *name);
 // The stages of the study, which has its `train` and `eval` already.
 keel_status keel_study_fill_stages(const struct study_source *src, struct study_file *f, const struct yaml_study *y);
 

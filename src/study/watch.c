@@ -75,7 +75,7 @@ static keel_status measure(struct study *s, const struct study_folder *folder, c
     const struct keel_measure_cell cell = { .domain = w->domain, .narrow = s->file->narrow_domain, .modality = w->modality,
                                             .max_rows = w->probes, .seed = s->file->seed, .along = p->directions ? &along : NULL };
     keel_study_path(probes, s->folder, s->file->eval.slots);
-    keel_study_path(directions, s->folder, p->directions ? p->directions : "");
+    keel_study_direction_path(s, directions, p->directions ? p->directions : "");
     KEEL_TRY(keel_study_session(s, state, &session, &hooks));
     s->stage = "watch";
     const struct keel_measure m = { session, s->model, s->images, s->file->eval.chat, NULL, NULL, s->log };

@@ -94,6 +94,37 @@ def test_watch_ends_a_training(keel, tiny_c, chain, tmp_path):
     assert first["n"] == len(facts) and math.isclose(first["contrary"], sum(facts) / len(facts), rel_tol=1e-4)
 
 
+def test_directions_of_the_study(keel, tiny_c, chain, tmp_path):
+    """Two system messages before the same prompts: the direction that keel direction makes of them as pairs. A control is random and as long."""
+    import numpy as np
+    from safetensors.numpy import load_file
+    (chain / "study.yaml").write_text(STUDY.replace("  slots: slots.jsonl\n", "  slots: slots.jsonl\n  projection: {directions: tone, layer: 1}\n") + """directions:
+  - {name: tone, rows: train.jsonl, positive: be kind, negative: be rude, layers: 0-1, at: all}
+  - {name: control, random_like: tone}
+stages:
+  - {name: kind, from: base, steer: ['tone@1'], coef: [1]}
+  - {name: chance, from: base, steer: ['control:2@1']}
+""")
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    under = lambda r, system: {"messages": [{"role": "system", "content": system}, {"role": "user", "content": r["prompt"]}]}
+    write_rows(tmp_path / "pairs.jsonl", [{"positive": under(r, "be kind"), "negative": under(r, "be rude")} for r in TRAIN])
+    keel("direction", "-m", tiny_c, "--pairs", tmp_path / "pairs.jsonl", "--positions", "all", "--layers", "0-1", "--out", tmp_path / "d.safetensors")
+    want, got, control = (load_file(f) for f in (tmp_path / "d.safetensors", out / "directions/tone.safetensors", out / "directions/control.safetensors"))
+    assert set(got) == set(want) == set(control) == {"direction.0", "direction.1"}
+    for k in want:
+        length = np.linalg.norm(want[k])
+        assert np.abs(got[k] - want[k]).max() < 1e-5 * length and abs(np.linalg.norm(control[k]) / length - 1) < 1e-5
+        assert abs(control[k].ravel() @ want[k].ravel()) < 0.6 * length ** 2  # width 40 or more: five deviations
+    rows = [r for r in slot_rows() if "prefix" not in r]
+    for stage, words in {"kind": f"{out}/directions/tone.safetensors:1@1", "chance": f"{out}/directions/control.safetensors:2@1"}.items():
+        for s in score(keel, tiny_c, [{"id": r["id"], "prompt": r["prompt"], "completion": r["aligned"]} for r in rows], tmp_path, "--steer", words):
+            assert math.isclose(math.log(slots(out, stage)[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4)
+    checks = json.loads((out / "manifest.json").read_text())["directions"]
+    assert [c["layer"] for c in checks["tone"]] == [0, 1] and checks["control"] == []
+    assert "tone, layer 1" in (out / "report.html").read_text()
+
+
 SWEEP = CHAIN.replace("slots: slots.jsonl\n", "slots: slots.jsonl\n", 1) + "sweep: {seed: [1, 2], mixture: [0.5, 1]}\n"
 RUNS = [f"rank-4_mixture-{m}_seed-{s}" for m in ("0.5", "1") for s in (1, 2)]
 
