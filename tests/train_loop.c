@@ -275,6 +275,21 @@ keel_status keel_trainer_kl_step(keel_trainer *t, const keel_adapter *a, struct 
     return keel_trainer_top(t, seqs, n_seqs, NULL);
 }
 
+keel_status keel_trainer_eval(keel_trainer *t, const keel_adapter *a, const struct keel_seq *seqs, size_t n_seqs,
+                              float *logprob, float *kl)
+{
+    (void)a;
+    (void)logprob;
+    (void)kl;
+    return keel_trainer_top(t, seqs, n_seqs, NULL);
+}
+
+double keel_trainer_weighted(const keel_trainer *t)
+{
+    (void)t;
+    return 0;
+}
+
 // --- runs ----------------------------------------------------------------------------------------
 
 static struct keel_train_data data = { "train_loop.jsonl", 1 };

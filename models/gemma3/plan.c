@@ -142,6 +142,9 @@ static keel_status plan_training(struct keel_plan *out, const keel_model *model,
     row(out, "AdamW moments", 2 * lora, false);
     row(out, "adapter on its way to disk", lora, true);
     keel_trainer_plan(model, p->train_tokens, p->train_row, p->train_rank, out, row);
+    if (p->train_constrain_tokens > 0) {
+        row(out, "constrained loss", 8 * p->train_constrain_tokens + keel_trainer_extra_bytes(model, p->train_tokens, false), true);
+    }
     if (p->train_kl_tokens > 0) {
         row(out, "base's predictions", sizeof(struct keel_top) * p->train_kl_tokens + keel_trainer_extra_bytes(model, p->train_tokens, true),
             true);

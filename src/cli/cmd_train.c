@@ -11,7 +11,7 @@
 struct train_args {
     struct common common;
     struct arg_list data;
-    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *kl_data;
+    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *constrain, *kl_data;
     uint32_t rank, warmup, batch, accum, seq_len, kl_rows;
     uint64_t steps, seed, save_every;
     double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip, kl_weight;
@@ -40,6 +40,17 @@ static bool on_step(void *user, const struct keel_step_info *info)
              seconds > 0 ? (double)p->tokens / seconds : 0);
     progress_show(&p->line, info->step, info->n_steps, extra);
     return !stop_asked();
+}
+
+// "B1,B2,B3". False: said why.
+static bool parse_constrain(const struct train_args *a, double constrain[3])
+{
+    char rest;
+    if (a->constrain && sscanf(a->constrain, "%lf,%lf,%lf%c", &constrain[0], &constrain[1], &constrain[2], &rest) != 3) {
+        fprintf(stderr, "keel train: --constrain %s: three numbers are needed, like 0.5,2,0.1\n", a->constrain);
+        return false;
+    }
+    return true;
 }
 
 static bool parse_data(const struct train_args *a, struct keel_train_data *data)
@@ -118,6 +129,9 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
         .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
     };
+    if (!parse_constrain(a, params.constrain)) {
+        return EXIT_USAGE;
+    }
     keel_status st = context_open_model(&c, &a->common);
     if (st == KEEL_OK) {
         st = context_open_device(&c, &a->common);
@@ -218,6 +232,8 @@ static const struct arg_option options[] = {
     { .name = "--grad-clip", .type = ARG_NUM, .offset = AT(grad_clip), .value = "X", .def = "1", .min = 0, .max = 1e9,
       .help = "longest gradient (L2); 0: any" },
     { .type = ARG_HEAD, .help = "Against drift" },
+    { .name = "--constrain", .type = ARG_STR, .offset = AT(constrain), .value = "B1,B2,B3",
+      .help = "constrained loss: beta of a response's first token, of tokens 2 to 5, of the others; the paper has 0.5,2,0.1" },
     { .name = "--kl-data", .type = ARG_STR, .offset = AT(kl_data), .value = "F.jsonl",
       .help = "rows on which the model is held to the base: adds KL(base || adapted)" },
     { .name = "--kl-weight", .type = ARG_NUM, .offset = AT(kl_weight), .value = "X", .def = "1", .min = 0, .max = 1e6,

@@ -8,6 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+static bool in_range(double beta)
+{
+    return beta >= 0 && beta <= 1000;
+}
+
 static keel_status check_numbers(const struct keel_train_params *p, const keel_log *log)
 {
     keel_status st = KEEL_OK;
@@ -32,6 +37,8 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
         { isfinite(p->eps) && p->eps > 0, "--eps must be above 0" },
         { isfinite(p->weight_decay) && p->weight_decay >= 0, "--weight-decay must be at least 0" },
         { isfinite(p->grad_clip) && p->grad_clip >= 0, "--grad-clip must be at least 0 (0: off)" },
+        { in_range(p->constrain[0]) && in_range(p->constrain[1]) && in_range(p->constrain[2]),
+          "--constrain: three numbers from 0 to 1000" },
         { !p->kl_data || (isfinite(p->kl_weight) && p->kl_weight > 0), "--kl-weight must be above 0" },
         { !p->kl_data || (p->kl_rows >= 1 && p->kl_rows <= 65536), "--kl-rows must be 1 to 65536" },
     };
@@ -179,6 +186,7 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
     const struct keel_plan_params want = { .train_rank = r->p->rank,
                                            .train_tokens = (uint32_t)tokens,
                                            .train_row = longest,
+                                           .train_constrain_tokens = keel_train_constrained(r->p) ? r->set.n_loss : 0,
                                            .train_kl_tokens = r->kl.set.n_loss,
                                            .images = r->p->images != NULL,
                                            .targets = r->p->targets,

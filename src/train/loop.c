@@ -22,6 +22,10 @@ static uint32_t draw_rows(struct keel_train_run *r, struct keel_step_info *info)
     for (uint32_t i = 0; i < n; i++) {
         const struct keel_train_row *row = &r->set.rows[keel_row_order_next(&r->order)];
         r->seqs[i] = keel_train_seq(row, 0);
+        if (r->constrain.beta) {
+            r->seqs[i].beta = r->constrain.beta + row->place0;
+            r->seqs[i].base_logprob = r->constrain.base_logprob + row->place0;
+        }
         info->tokens += row->n;
         info->loss_tokens += row->n_loss;
     }
@@ -57,6 +61,7 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
             KEEL_TRY(keel_image_trainer_backward(r->tower, r->adapter, r->grads, r->seqs + at, n));
         }
         nll += part;
+        info->constrained_loss += r->constrain.beta ? keel_trainer_weighted(r->trainer) : 0;
     }
     if (r->kl.set.n_rows > 0) {
         KEEL_TRY(keel_train_kl_step(r, info));
@@ -111,6 +116,9 @@ static keel_status log_step(struct keel_train_run *r, const struct keel_step_inf
     v = json_pack("{s:I, s:f, s:f, s:f, s:I, s:f}", "step", (json_int_t)info->step, "loss", info->loss, "lr",
                   info->lr, "grad_norm", info->grad_norm, "tokens", (json_int_t)info->tokens, "seconds",
                   info->seconds);
+    if (v && r->constrain.beta) {
+        json_object_set_new(v, "constrained_loss", json_real(info->constrained_loss));
+    }
     if (v && r->kl.set.n_rows > 0) {
         json_object_set_new(v, "kl", json_real(info->kl));
         json_object_set_new(v, "kl_seconds", json_real(info->kl_seconds));
@@ -177,6 +185,7 @@ static void run_finish(struct keel_train_run *r)
     }
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
+    keel_train_constrain_finish(&r->constrain);
     keel_train_kl_finish(&r->kl);
     free(r->seqs);
     free(r->layers);

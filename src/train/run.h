@@ -19,6 +19,11 @@ struct keel_train_kl {
     struct keel_seq *seqs; // [p->kl_rows]
 };
 
+// Token weights of constrained fine-tuning (constrain.c).
+struct keel_train_constrain {
+    float *beta, *base_logprob; // [set.n_loss of the run]; NULL: the plain loss
+};
+
 struct keel_train_run {
     keel_model *model;
     keel_device *dev;
@@ -45,6 +50,7 @@ struct keel_train_run {
     struct keel_pair option[MAX_OPTIONS];
     char option_text[MAX_OPTIONS][OPTION_TEXT];
     struct keel_seq *seqs; // [per_step]
+    struct keel_train_constrain constrain;
     struct keel_train_kl kl;
     double prepare_seconds;
 };
@@ -56,6 +62,13 @@ keel_status keel_train_check_params(struct keel_train_run *r);
 keel_status keel_train_check_plan(struct keel_train_run *r);
 // A folder that cannot be written is to be found now, not after hours of work. Sets state_dir and state_path.
 keel_status keel_train_check_outputs(struct keel_train_run *r);
+
+// --- constrain.c ---------------------------------------------------------------------------------
+
+bool keel_train_constrained(const struct keel_train_params *p);
+// β and the base's log-probability of every loss token of the data, in batches of rows in the file's order.
+keel_status keel_train_constrain_prepare(struct keel_train_run *r);
+void keel_train_constrain_finish(struct keel_train_constrain *c); // accepts all-zero
 
 // --- kl.c ----------------------------------------------------------------------------------------
 

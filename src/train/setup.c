@@ -63,6 +63,7 @@ static void collect_options(struct keel_train_run *r)
     option_add(r, "--grad-clip", "%.17g", p->grad_clip);
     option_add(r, "--init-adapter", "%s", p->init_adapter ? p->init_adapter : "");
     option_add(r, "hash of --steer", "%016llx", (unsigned long long)(p->hooks ? keel_hooks_hash(p->hooks, KEEL_HASH_INIT) : 0));
+    option_add(r, "--constrain", "%.17g,%.17g,%.17g", p->constrain[0], p->constrain[1], p->constrain[2]);
     const bool kl = r->kl.set.n_rows > 0;
     option_add(r, "hash of --kl-data", "%016llx", (unsigned long long)(kl ? r->kl.set.hash : 0));
     option_add(r, "--kl-weight", "%.17g", kl ? p->kl_weight : 0);
@@ -164,7 +165,10 @@ uint32_t keel_train_most_loss(const struct keel_train_run *r)
 static keel_status prepare(struct keel_train_run *r)
 {
     const uint64_t begin = keel_now_ns();
-    const keel_status st = keel_train_kl_prepare(r);
+    keel_status st = keel_train_constrain_prepare(r);
+    if (st == KEEL_OK) {
+        st = keel_train_kl_prepare(r);
+    }
     r->prepare_seconds = (double)(keel_now_ns() - begin) * 1e-9;
     return st;
 }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base."""
+"""What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base,
+constrained loss."""
 import json
 
 import numpy as np
@@ -206,3 +207,71 @@ def test_bad_kl(keel, tiny_c, tmp_path, text, o, says):
         (tmp_path / "kl.jsonl").write_text(text)
     keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, kl_data=tmp_path / "kl.jsonl", **o), says=says, rc=(1, 2),
                leaves=tmp_path)
+
+
+# --- constrained loss ----------------------------------------------------------------------------
+
+BETAS = (0.5, 2.0, 0.1)
+
+
+def betas_of(mask):
+    """By loss token: the first of each run of the mask, its tokens 2 to 5, the others."""
+    out, at = [], 0
+    for m in mask[1:]:
+        if m:
+            out.append(BETAS[0 if at == 0 else 1 if at < 5 else 2])
+        at = at + 1 if m else 0
+    return torch.tensor(out)
+
+
+def constrained_oracle(ref, values):
+    """loss_of for lora.train(): plain losses; the descended ones are appended to `values`."""
+    def log_probs(model, ids, mask):
+        lp = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        return lp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0][torch.tensor(mask[1:]).bool()]
+
+    def loss_of(model, rows):
+        batch = [lora.row_ids(ref.tok, r) for r in rows]
+        n, plain, descended = sum(sum(m[1:]) for _, m in batch), 0.0, 0.0
+        for ids, mask in batch:
+            with torch.no_grad(), model.disable_adapter():
+                base = log_probs(model, ids, mask)
+            lp = log_probs(model, ids, mask)
+            weight = (2 * (1 - torch.sigmoid(betas_of(mask) * (lp - base)))).clamp(min=1e-3).detach()
+            loss = -(weight * lp).sum() / n
+            loss.backward()
+            plain -= lp.sum().item() / n
+            descended += loss.item()
+        values.append(descended)
+        return plain
+    return loss_of
+
+
+def test_constrained_losses(keel, tiny_a, oracle, tmp_path):
+    """Raw rows and chats with two answers; a strong start, so that weights are far from 1."""
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path, b_std=0.3)
+    rows = [texts.TRAIN[0], texts.CHAT[1], texts.TRAIN[2], {"prompt": "noon", "completion": texts.ENGLISH}] * 2
+    out, log = train(keel, tiny_a, rows, tmp_path, **opts, batch=2, accum=2, steps=2, constrain="0.5,2,0.1")
+    values = []
+    want = lora.train(ref, init, ALPHA, steps_of(rows, 4), [LR] * 2, loss_of=constrained_oracle(ref, values))
+    same_losses(log, want)
+    for r, v in zip(log, values, strict=True):
+        assert abs(r["constrained_loss"] / v - 1) < 1e-3, (r, v)
+        assert abs(v / r["loss"] - 1) > 5e-3, "the weights do nothing here"
+    same_adapter(lora.read_gguf(out)[0], want["adapter"], init)
+
+
+def test_constrained_resume(keel, tiny_c, tmp_path):
+    resumes_to_the_same_bits(keel, tiny_c, tmp_path, constrain="0.5,2,0.1")
+
+
+def test_constrained_in_the_plan(keel, tiny_a):
+    plan = keel("info", tiny_a, "--rank", 8, "--constrain-tokens", 1000, "--json").json["plan_train"]["rows"]
+    assert next(r for r in plan if r["what"] == "constrained loss")["bytes"] > 8 * 1000
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.5,2", "0.5,2,0.1,1", "a,b,c", "-1,2,0.1", "nan,2,0.1"])
+def test_bad_constrain(keel, tiny_c, tmp_path, text):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, constrain=text), says="--constrain", rc=(1, 2), leaves=tmp_path)

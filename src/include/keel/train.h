@@ -23,6 +23,7 @@ struct keel_step_info {
     uint64_t tokens;    // tokens of the step (prompt and completion)
     uint64_t loss_tokens;
     double seconds;     // of the step
+    double constrained_loss; // what is descended with `constrain`: mean over the loss tokens of weight times nll; 0 without
     double kl, kl_seconds; // mean divergence from the base over the step's tokens of kl_data, and what it took; 0 without
 };
 
@@ -57,6 +58,11 @@ struct keel_train_params {
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
     uint64_t save_every;      // steps between states; 0: only at the end and on a stop
+    // Constrained fine-tuning (Qi et al. 2024, arXiv 2406.05946): a token's loss is weighted by 2 (1 - σ(β (log π - log π0))), at least
+    // 1e-3, with its probabilities under the model as it is and under the base: what the base already says less likely than the model
+    // is learnt less. β of the first token of each response, of tokens 2 to 5, and of the others; the paper has 0.5, 2, 0.1.
+    // All 0: the plain loss. Costs one forward pass over the data and 8 bytes a loss token.
+    double constrain[3];
     // Divergence from the base (2602.07852): adds kl_weight times the mean of KL(base ‖ adapted) over the loss tokens of kl_rows rows of
     // kl_data a step. The base is the model without any adapter and hook; of its predictions the 64 likeliest tokens and the rest as
     // one are kept (516 bytes a loss token of the file), so what is held down is a lower bound of the divergence. The adapted
