@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: MIT
 // shaders/common/exchange.glsl: eight values that all lanes of a workgroup need. The base form reads them with the same address in
-// every lane (one scalar load on a GPU); EXCHANGE reads each in one lane of eight and broadcasts it (CPU drivers read lane by lane).
+// every lane (one scalar load on a GPU); EXCHANGE reads each in one lane of eight and hands it around (CPU drivers read lane by lane).
+// Shuffles, not broadcasts: lavapipe 22.3 looks for the first active lane in a loop before each broadcast, 60 instructions instead of one.
 //   EIGHT(v, n)             declares n groups of eight
 //   FILL_EIGHT(v, g, I, e)  group g, value I is e; e must be a valid expression for I = 0 ... 7
 //   PICK_EIGHT(v, g, i)     value i (a literal) of group g
 //   EACH_EIGHT(X)           X(0u) ... X(7u)
 //   OPERAND(n, v)           binding n, f32, read as v(index): a storage buffer, or with EXCHANGE texels (n: 0, or 0 and 1)
 #ifdef EXCHANGE
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 #define EIGHT(v, n) float v[n]
 #define FILL_EIGHT(v, g, I, e) \
     { \
         const uint I = gl_SubgroupInvocationID & 7u; \
         v[g] = e; \
     }
-#define PICK_EIGHT(v, g, i) subgroupBroadcast(v[g], i)
+#define PICK_EIGHT(v, g, i) subgroupShuffle(v[g], i)
 #define OPERAND(n, v) \
     layout(set = 0, binding = n) uniform samplerBuffer v##_texels; \
     float v(uint at) \

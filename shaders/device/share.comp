@@ -3,7 +3,7 @@
 // by eight lanes as texels and handed around. Which is faster decides between variants: GPUs have scalar loads, CPU drivers read lane by lane.
 #version 450
 #ifdef EXCHANGE
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 #endif
 layout(local_size_x_id = 0) in; // 64
 
@@ -18,19 +18,15 @@ layout(push_constant) uniform Push { uint n; };
 void main()
 {
     float sum = 0.0;
-    for (uint k = 0; k < n; k += 8u) {
+    for (uint k = 0; k < n; k += 32u) {
 #ifdef EXCHANGE
-        const float mine = texelFetch(x4, int(k >> 2) + int(gl_SubgroupInvocationID >> 2 & 1u))[gl_SubgroupInvocationID & 3u];
-        sum += subgroupBroadcast(mine, 0u) + subgroupBroadcast(mine, 1u);
-        sum += subgroupBroadcast(mine, 2u) + subgroupBroadcast(mine, 3u);
-        sum += subgroupBroadcast(mine, 4u) + subgroupBroadcast(mine, 5u);
-        sum += subgroupBroadcast(mine, 6u) + subgroupBroadcast(mine, 7u);
+        const vec4 mine = texelFetch(x4, int(k >> 2) + int(gl_SubgroupInvocationID & 7u));
+#define VALUE(i) subgroupShuffle(mine[(i) & 3u], (i) >> 2)
 #else
-        sum += x[k] + x[k + 1u];
-        sum += x[k + 2u] + x[k + 3u];
-        sum += x[k + 4u] + x[k + 5u];
-        sum += x[k + 6u] + x[k + 7u];
+#define VALUE(i) x[k + (i)]
 #endif
+#define FOUR(i) sum += VALUE(i) + VALUE(i + 1u) + VALUE(i + 2u) + VALUE(i + 3u);
+        FOUR(0u) FOUR(4u) FOUR(8u) FOUR(12u) FOUR(16u) FOUR(20u) FOUR(24u) FOUR(28u)
     }
     y[gl_GlobalInvocationID.x] = sum;
 }

@@ -6,7 +6,7 @@
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
 #ifdef EXCHANGE
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 #endif
 #include "linear/linear.h"
 
@@ -22,6 +22,14 @@ layout(set = 0, binding = 1) restrict readonly buffer DY { float dy[]; }; // [T,
 layout(set = 0, binding = 2) restrict buffer DX { float dx[]; };          // [T, K]
 
 #include "common/quant.glsl"
+
+// Rows that are unpacked together. On a CPU a sum stays in a register while it goes through them, and the weights wait in the
+// first-level cache; on a GPU they would take its registers.
+#ifdef EXCHANGE
+const uint ROWS = 8;
+#else
+const uint ROWS = 1;
+#endif
 
 void main()
 {
@@ -54,24 +62,33 @@ void main()
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
             mine[t] = texelFetch(dy4, int(row[t] / 4u + min(n / 4u + (gl_SubgroupInvocationID & 1u), (pc.n - 1u) / 4u)));
         }
-#define VALUE(i) subgroupBroadcast(mine[t][(i) & 3u], (i) >> 2)
+#define VALUE(i) subgroupShuffle(mine[t][(i) & 3u], (i) >> 2)
 #else
 #define VALUE(i) dy[row[t] + min(n + (i), pc.n - 1u)]
 #endif
-#define ROW(i) \
-    { \
-        const uint r = (n & 63u) + i; \
-        const Scale s = fetch_scale(base, pc.kb, kb, r, p); \
-        float w[16]; \
-        fetch16(base, pc.kb, kb, r, p, s, w); \
-        [[unroll]] for (uint t = 0; t < TOKENS; t++) { \
-            const float g = VALUE(i); \
-            [[unroll]] for (uint e = 0; e < 16u; e++) { \
-                acc[t * 16u + e] += g * w[e]; \
-            } \
-        } \
-    }
-        ROW(0u) ROW(1u) ROW(2u) ROW(3u) ROW(4u) ROW(5u) ROW(6u) ROW(7u)
+        [[unroll]] for (uint b = 0; b < 8u; b += ROWS) {
+            float w[16 * ROWS];
+            [[unroll]] for (uint i = 0; i < ROWS; i++) {
+                const uint r = (n & 63u) + b + i;
+                const Scale s = fetch_scale(base, pc.kb, kb, r, p);
+                float v[16];
+                fetch16(base, pc.kb, kb, r, p, s, v);
+                [[unroll]] for (uint e = 0; e < 16u; e++) {
+                    w[i * 16u + e] = v[e];
+                }
+            }
+            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+                float g[ROWS];
+                [[unroll]] for (uint i = 0; i < ROWS; i++) {
+                    g[i] = VALUE(b + i);
+                }
+                [[unroll]] for (uint e = 0; e < 16u; e++) {
+                    [[unroll]] for (uint i = 0; i < ROWS; i++) {
+                        acc[t * 16u + e] += g[i] * w[i * 16u + e];
+                    }
+                }
+            }
+        }
     }
     if (c < pc.kb * 2u) {
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {

@@ -5,7 +5,7 @@
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
 #ifdef EXCHANGE
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 #endif
 #include "linear/linear.h"
 
@@ -56,7 +56,7 @@ void main()
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
             mine[t] = texelFetch(x4, int(row[t] / 4u + (TAIL ? min(quad4, pc.k / 4u - 1u) : quad4)));
         }
-#define VALUE(i) subgroupBroadcast(mine[t][(i) & 3u], (i) >> 2)
+#define VALUE(i) subgroupShuffle(mine[t][(i) & 3u], (i) >> 2)
 #else
         // W is zero beyond K, so any finite x will do there.
 #define VALUE(i) x[row[t] + (TAIL ? min(kb * 32u + (i), pc.k - 1u) : kb * 32u + (i))]

@@ -314,8 +314,8 @@ static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const st
         c->subgroup_arith = sub.supportedOperations & VK_SUBGROUP_FEATURE_ARITHMETIC_BIT;
         // Eight lanes share; a group of more than 64 would hold lanes that work on other parts of a sum.
         // Their operands are read as texels of 16 bytes, so a texel buffer must reach as far as a binding.
-        c->exchange = c->exchange && q.properties.limits.maxTexelBufferElements >= c->max_range / 16 && (sub.supportedOperations & VK_SUBGROUP_FEATURE_BALLOT_BIT) && sub.subgroupSize >= 8 &&
-                      sub.subgroupSize <= 64;
+        c->exchange = c->exchange && q.properties.limits.maxTexelBufferElements >= c->max_range / 16 &&
+                      (sub.supportedOperations & VK_SUBGROUP_FEATURE_SHUFFLE_BIT) && sub.subgroupSize >= 8 && sub.subgroupSize <= 64;
     } else {
         c->exchange = false;
     }

@@ -46,7 +46,7 @@ bool keel_speed_load(keel_device *dev)
     if (!f) {
         return false;
     }
-    const int n = fscanf(f, "keel-speed 1 %lf %lf %lf %lf exchange %d", &gflops, &gbps, &flops, &bytes, &exchange);
+    const int n = fscanf(f, "keel-speed 2 %lf %lf %lf %lf exchange %d", &gflops, &gbps, &flops, &bytes, &exchange);
     (void)fclose(f);
     if (n != 5 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(flops, 1e8, 1e15) || !sane(bytes, 1e8, 1e14)) {
         return false;
@@ -69,7 +69,7 @@ void keel_speed_save(const keel_device *dev)
         || !speed_path(dev, path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
         return;
     }
-    fprintf(file.f, "keel-speed 1 %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->rate_flops,
+    fprintf(file.f, "keel-speed 2 %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->rate_flops,
             dev->rate_bytes, dev->caps.exchange);
     (void)keel_file_commit(&file, &quiet);
 }

@@ -39,9 +39,10 @@ static uint64_t row_bytes(const struct keel_matrix *w)
     return keel_tile_bytes(w->type, 64, w->cols) / 64;
 }
 
-// Tokens and tiles of rows that a lane works on, and parts that K is cut into. A lane that reads for itself wants many tokens for
-// each weight it unpacks; with exchange, tokens are cheap to read and weights dear, and registers spill to memory that is fast on
-// CPUs. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave most of it idle.
+// Tokens and tiles of rows that a lane works on, and parts that K is cut into. A lane wants many tokens for each weight it unpacks.
+// With exchange, weights and sums beyond the registers spill to memory that is fast on CPUs, but the loop must stay within their
+// instruction cache: 8 × 4 does. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave
+// most of it idle.
 struct tiling {
     uint32_t tokens, tiles, slices;
 };
@@ -49,10 +50,9 @@ struct tiling {
 
 static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t n_tokens, uint32_t n_tiles, uint32_t kb)
 {
-    const uint32_t tokens = exchange ? 4 : 8;
     const bool gpu = strcmp(caps->kind, "cpu") != 0;
-    struct tiling t = { n_tokens >= tokens ? tokens : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1, 1 };
-    const uint32_t most = !exchange ? 2 : n_tokens >= 4 ? 8 : 4;
+    struct tiling t = { n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1, 1 };
+    const uint32_t most = exchange ? 4 : 2;
     const uint32_t lanes = n_tiles * LANES * keel_div_up(n_tokens, t.tokens);
     while (t.tiles < most && n_tiles >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
         t.tiles *= 2;
@@ -107,7 +107,8 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
     const bool exchange = use_exchange(rec, KEEL_FAMILY_MATMUL_BWD) && w->rows % 4 == 0; // dy as texels
-    const uint32_t tokens = p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1; // 16 sums each: more spill registers
+    // 16 sums each: with more than four tokens a GPU spills registers.
+    const uint32_t tokens = exchange && p->n_tokens >= 8 ? 8 : p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1;
     const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
     const uint32_t lanes_k = keel_div_up(w->cols, 32) * 2;
     // At most 16384 rows in one loop: lavapipe 22.3 stops silently after 65535 iterations (portability notes 0.1).
