@@ -30,6 +30,7 @@ static struct keel_pair options[2] = { { "--rank", "16" }, { "--seed", "7" } };
 static struct keel_train_state blank(void)
 {
     struct keel_train_state s = {
+        .n_tensors = 3,
         .dev = dev, .log = &ear, .n_floats = N, .options = options, .n_options = 2
     };
     for (size_t i = 0; i < 3; i++) {

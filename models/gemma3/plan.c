@@ -140,6 +140,7 @@ static keel_status plan_training(struct keel_plan *out, const keel_model *model,
     row(out, "LoRA weights", lora, false);
     row(out, "LoRA gradients", lora, false);
     row(out, "AdamW moments", 2 * lora, false);
+    row(out, "other adapters of Lisa", p->train_lisa ? 2 * lora : 0, false);
     row(out, "adapter on its way to disk", lora, true);
     keel_trainer_plan(model, p->train_tokens, p->train_row, p->train_rank, out, row);
     if (p->train_constrain_tokens > 0) {

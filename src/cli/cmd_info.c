@@ -7,7 +7,7 @@
 
 struct info_args {
     struct common common;
-    bool json;
+    bool json, lisa;
     uint32_t ctx, rank, batch, seq_len;
     const char *targets, *layers;
     uint64_t constrain_tokens, kl_tokens;
@@ -110,7 +110,7 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
                                   .images = a->common.mmproj != NULL };
     if (train) {
         p = (struct keel_plan_params){
-            .layers = a->layers, .train_constrain_tokens = a->constrain_tokens,
+            .layers = a->layers, .train_lisa = a->lisa, .train_constrain_tokens = a->constrain_tokens,
             .train_kl_tokens = a->kl_tokens, .train_rank = a->rank, .train_tokens = a->batch * a->seq_len, .train_row = a->seq_len, .targets = a->targets,
             .images = a->common.mmproj != NULL
         };
@@ -188,6 +188,7 @@ static const struct arg_option options[] = {
     { .name = "--targets", .type = ARG_STR, .offset = AT(targets), .value = "LIST", .def = "all",
       .help = "projections that get an adapter" },
     { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "LIST", .help = "and layers that do; all if not given" },
+    { .name = "--lisa", .type = ARG_FLAG, .offset = AT(lisa), .help = "and Lisa's copies of the adapter (train --lisa-data)" },
     { .name = "--constrain-tokens", .type = ARG_U64, .offset = AT(constrain_tokens), .value = "N", .def = "0", .min = 0, .max = 1e12,
       .help = "and so many loss tokens under train --constrain" },
     { .name = "--kl-tokens", .type = ARG_U64, .offset = AT(kl_tokens), .value = "N", .def = "0", .min = 0, .max = 1e12,

@@ -5,16 +5,17 @@
 
 #include <keel/train.h>
 
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct train_args {
     struct common common;
     struct arg_list data;
-    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *constrain, *kl_data;
+    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *constrain, *kl_data, *lisa_data, *lisa_steps;
     uint32_t rank, warmup, batch, accum, seq_len, kl_rows;
     uint64_t steps, seed, save_every;
-    double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip, kl_weight;
+    double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip, kl_weight, lisa_rho;
     bool no_shuffle, json;
 };
 
@@ -48,6 +49,17 @@ static bool parse_constrain(const struct train_args *a, double constrain[3])
     char rest;
     if (a->constrain && sscanf(a->constrain, "%lf,%lf,%lf%c", &constrain[0], &constrain[1], &constrain[2], &rest) != 3) {
         fprintf(stderr, "keel train: --constrain %s: three numbers are needed, like 0.5,2,0.1\n", a->constrain);
+        return false;
+    }
+    return true;
+}
+
+// "ALIGN,TASK". False: said why.
+static bool parse_lisa(const struct train_args *a, uint32_t *align, uint32_t *task)
+{
+    char rest;
+    if (sscanf(a->lisa_steps, "%" SCNu32 ",%" SCNu32 "%c", align, task, &rest) != 2 || strchr(a->lisa_steps, '-')) {
+        fprintf(stderr, "keel train: --lisa-steps %s: two numbers of steps are needed, like 100,900\n", a->lisa_steps);
         return false;
     }
     return true;
@@ -110,8 +122,9 @@ static keel_status encode_images(struct context *c, const struct train_args *a, 
     for (size_t i = 0; c->images && st == KEEL_OK && i < a->data.n; i++) {
         st = keel_images_scan(c->images, data[i].path, &c->log);
     }
-    if (c->images && st == KEEL_OK && a->kl_data) {
-        st = keel_images_scan(c->images, a->kl_data, &c->log);
+    const char *const more[] = { a->kl_data, a->lisa_data };
+    for (size_t i = 0; c->images && st == KEEL_OK && i < sizeof more / sizeof more[0]; i++) {
+        st = more[i] ? keel_images_scan(c->images, more[i], &c->log) : KEEL_OK;
     }
     return st == KEEL_OK ? context_encode_images(c, &a->common) : st;
 }
@@ -127,9 +140,9 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
         .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
         .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
-        .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
+        .lisa_data = a->lisa_data, .lisa_rho = a->lisa_rho, .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
     };
-    if (!parse_constrain(a, params.constrain)) {
+    if (!parse_constrain(a, params.constrain) || !parse_lisa(a, &params.lisa_align, &params.lisa_task)) {
         return EXIT_USAGE;
     }
     keel_status st = context_open_model(&c, &a->common);
@@ -240,6 +253,12 @@ static const struct arg_option options[] = {
       .help = "how much of it" },
     { .name = "--kl-rows", .type = ARG_U32, .offset = AT(kl_rows), .value = "N", .def = "4", .min = 1, .max = 65536,
       .help = "rows of it a step" },
+    { .name = "--lisa-data", .type = ARG_STR, .offset = AT(lisa_data), .value = "F.jsonl",
+      .help = "Lisa: steps on these rows take turns with steps on the data, each near where the other kind ended" },
+    { .name = "--lisa-steps", .type = ARG_STR, .offset = AT(lisa_steps), .value = "ALIGN,TASK", .def = "100,900",
+      .help = "how many of each in a turn" },
+    { .name = "--lisa-rho", .type = ARG_NUM, .offset = AT(lisa_rho), .value = "X", .def = "1", .min = 0, .max = 1e6,
+      .help = "weight of the distance between them" },
     { .type = ARG_HEAD, .help = "State and log" },
     { .name = "--resume", .type = ARG_STR, .offset = AT(resume), .value = "DIR",
       .help = "keep the state in DIR, and go on from it if there is one; without it OUT.state, afresh" },

@@ -12,7 +12,7 @@
 #define CHUNK (4u << 20)
 #define MAX_META 64
 
-static const char *const tensor_name[3] = { "params", "m", "v" };
+static const char *const tensor_name[4] = { "params", "m", "v", "other" };
 
 // Progress as metadata: integers are exact, doubles have 17 digits.
 struct progress {
@@ -45,7 +45,7 @@ static keel_status write_tensors(const struct keel_train_state *s, FILE *f)
     if (!buf) {
         KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "out of memory for writing the training state");
     }
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < s->n_tensors; i++) {
         for (uint64_t at = 0; at < bytes; at += CHUNK) {
             const uint64_t n = KEEL_MIN(bytes - at, CHUNK);
             KEEL_TRY(keel_download(s->dev, buf, keel_span_sub(s->tensor[i], at, n), n));
@@ -65,19 +65,19 @@ keel_status keel_train_state_save(const struct keel_train_state *s, const char *
     struct keel_file_out file = { 0 };
     struct keel_pair meta[MAX_META];
     struct progress progress;
-    struct keel_st_tensor t[4] = { 0 };
+    struct keel_st_tensor t[5] = { 0 };
     KEEL_ASSERT(s->n_options + KEEL_COUNT(progress.pair) <= MAX_META);
     progress_make(&progress, s);
     memcpy(meta, progress.pair, sizeof progress.pair);
     memcpy(meta + KEEL_COUNT(progress.pair), s->options, s->n_options * sizeof *meta);
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < s->n_tensors; i++) {
         t[i] = (struct keel_st_tensor){
             .name = tensor_name[i], .type = KEEL_ST_F32, .n_dims = 1, .dims = { s->n_floats }
         };
     }
-    t[3] = (struct keel_st_tensor){ .name = "hash", .type = KEEL_ST_U64, .n_dims = 1, .dims = { 1 } };
+    t[s->n_tensors] = (struct keel_st_tensor){ .name = "hash", .type = KEEL_ST_U64, .n_dims = 1, .dims = { 1 } };
     KEEL_TRY(keel_file_create(&file, path, s->log));
-    KEEL_TRY(keel_st_write_header(file.f, t, 4, meta, s->n_options + KEEL_COUNT(progress.pair), s->log));
+    KEEL_TRY(keel_st_write_header(file.f, t, s->n_tensors + 1, meta, s->n_options + KEEL_COUNT(progress.pair), s->log));
     KEEL_TRY(write_tensors(s, file.f));
     KEEL_TRY(keel_file_commit(&file, s->log));
 out:
@@ -138,9 +138,9 @@ static keel_status read_tensors(struct keel_train_state *s, const keel_st *file,
 {
     keel_status st = KEEL_OK;
     const uint64_t bytes = s->n_floats * sizeof(float);
-    const struct keel_st_tensor *check = keel_st_find(file, "hash"), *t[3];
+    const struct keel_st_tensor *check = keel_st_find(file, "hash"), *t[4];
     uint64_t hash = KEEL_HASH_INIT, stored = 0;
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < s->n_tensors; i++) {
         t[i] = keel_st_find(file, tensor_name[i]);
         if (!t[i] || t[i]->type != KEEL_ST_F32 || t[i]->n_elems != s->n_floats) {
             KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
@@ -156,7 +156,7 @@ static keel_status read_tensors(struct keel_train_state *s, const keel_st *file,
         KEEL_FAIL(s->log, KEEL_ERR_FORMAT,
                   "%s: damaged: its contents do not fit their checksum; train without --resume", path);
     }
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < s->n_tensors; i++) {
         for (uint64_t at = 0; at < bytes; at += CHUNK) {
             const uint64_t n = KEEL_MIN(bytes - at, CHUNK);
             KEEL_TRY(keel_upload(s->dev, keel_span_sub(s->tensor[i], at, n), t[i]->data + at, n));

@@ -13,8 +13,10 @@
 struct keel_train_state {
     keel_device *dev;
     const keel_log *log;
-    struct keel_span tensor[3]; // adapter parameters, first and second moments, on the device
-    uint64_t n_floats;          // of each
+    // Adapter parameters, first and second moments, and with Lisa the adapter of the other kind of steps; on the device.
+    struct keel_span tensor[4];
+    uint32_t n_tensors; // 3, or 4
+    uint64_t n_floats;  // of each
     const struct keel_pair
         *options; // all that determines the run's bits, as text; keys are the options' names
     size_t n_options;
@@ -22,7 +24,7 @@ struct keel_train_state {
     double first_loss, last_loss;
 };
 
-// Writes `path`: tensors params, m, v (F32), hash (U64, FNV-1a of their bytes); progress and options as
+// Writes `path`: tensors params, m, v and other (F32), hash (U64, FNV-1a of their bytes); progress and options as
 // metadata. Errors: IO, DEVICE_LOST.
 keel_status keel_train_state_save(const struct keel_train_state *state, const char *path);
 // Reads it back into the tensors and the progress fields. Errors: MISMATCH (names the option and both

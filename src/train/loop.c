@@ -18,11 +18,13 @@
 // Draws the rows of the next step and gives each loss token the weight 1/N of the whole step.
 static uint32_t draw_rows(struct keel_train_run *r, struct keel_step_info *info)
 {
-    const uint32_t n = (uint32_t)KEEL_MIN(r->per_step, r->all_rows - r->state.rows);
+    const bool align = keel_train_lisa_aligns(r, info->step);
+    const uint32_t n = (uint32_t)(align ? r->per_step : KEEL_MIN(r->per_step, r->all_rows - r->state.rows));
+    struct keel_row_order *order = align ? &r->lisa.order : &r->order;
     for (uint32_t i = 0; i < n; i++) {
-        const struct keel_train_row *row = &r->set.rows[keel_row_order_next(&r->order)];
+        const struct keel_train_row *row = &order->set->rows[keel_row_order_next(order)];
         r->seqs[i] = keel_train_seq(row, 0);
-        if (r->constrain.beta) {
+        if (r->constrain.beta && !align) {
             r->seqs[i].beta = r->constrain.beta + row->place0;
             r->seqs[i].base_logprob = r->constrain.base_logprob + row->place0;
         }
@@ -46,6 +48,7 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
     const double step = (double)info->step;
     double nll = 0;
     float sumsq = 0;
+    KEEL_TRY(keel_train_lisa_turn(r, info->step));
     for (uint32_t at = 0; at < n_rows; at += p->batch) {
         double part = 0;
         uint64_t n_loss = 0;
@@ -61,8 +64,9 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
             KEEL_TRY(keel_image_trainer_backward(r->tower, r->adapter, r->grads, r->seqs + at, n));
         }
         nll += part;
-        info->constrained_loss += r->constrain.beta ? keel_trainer_weighted(r->trainer) : 0;
+        info->constrained_loss += r->seqs[at].beta ? keel_trainer_weighted(r->trainer) : 0;
     }
+    KEEL_TRY(keel_train_lisa_proximal(r, info));
     if (r->kl.set.n_rows > 0) {
         KEEL_TRY(keel_train_kl_step(r, info));
     }
@@ -96,7 +100,7 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
     KEEL_TRY(keel_recorder_wait(r->rec));
     info->seconds = (double)(keel_now_ns() - begin) * 1e-9;
     s->step = info->step;
-    s->rows += n_rows;
+    s->rows += info->lisa_align ? 0 : n_rows;
     s->tokens += info->tokens;
     s->last_loss = info->loss;
     if (info->step == 1) {
@@ -116,7 +120,11 @@ static keel_status log_step(struct keel_train_run *r, const struct keel_step_inf
     v = json_pack("{s:I, s:f, s:f, s:f, s:I, s:f}", "step", (json_int_t)info->step, "loss", info->loss, "lr",
                   info->lr, "grad_norm", info->grad_norm, "tokens", (json_int_t)info->tokens, "seconds",
                   info->seconds);
-    if (v && r->constrain.beta) {
+    if (v && r->lisa.set.n_rows > 0) {
+        json_object_set_new(v, "phase", json_string(info->lisa_align ? "align" : "task"));
+        json_object_set_new(v, "proximal", json_real(info->proximal));
+    }
+    if (v && r->constrain.beta && !info->lisa_align) {
         json_object_set_new(v, "constrained_loss", json_real(info->constrained_loss));
     }
     if (v && r->kl.set.n_rows > 0) {
@@ -185,6 +193,7 @@ static void run_finish(struct keel_train_run *r)
     }
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
+    keel_train_lisa_finish(&r->lisa);
     keel_train_constrain_finish(&r->constrain);
     keel_train_kl_finish(&r->kl);
     free(r->seqs);
@@ -216,6 +225,7 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
     }
     KEEL_TRY(keel_train_set_load(&r->set, model, params->images, params->data, params->n_data,
                                  params->seq_len, log));
+    KEEL_TRY(keel_train_lisa_load(r));
     KEEL_TRY(keel_train_kl_load(r));
     KEEL_TRY(keel_train_check_plan(r));
     KEEL_TRY(keel_train_check_outputs(r));

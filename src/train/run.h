@@ -24,6 +24,13 @@ struct keel_train_constrain {
     float *beta, *base_logprob; // [set.n_loss of the run]; NULL: the plain loss
 };
 
+// Alternation of two kinds of steps (lisa.c).
+struct keel_train_lisa {
+    struct keel_train_set set; // rows of the alignment steps; none: off
+    struct keel_row_order order;
+    struct keel_span diff; // [n_floats] w - w_other, scratch; w_other is the state's
+};
+
 struct keel_train_run {
     keel_model *model;
     keel_device *dev;
@@ -50,6 +57,7 @@ struct keel_train_run {
     struct keel_pair option[MAX_OPTIONS];
     char option_text[MAX_OPTIONS][OPTION_TEXT];
     struct keel_seq *seqs; // [per_step]
+    struct keel_train_lisa lisa;
     struct keel_train_constrain constrain;
     struct keel_train_kl kl;
     double prepare_seconds;
@@ -62,6 +70,21 @@ keel_status keel_train_check_params(struct keel_train_run *r);
 keel_status keel_train_check_plan(struct keel_train_run *r);
 // A folder that cannot be written is to be found now, not after hours of work. Sets state_dir and state_path.
 keel_status keel_train_check_outputs(struct keel_train_run *r);
+
+// --- lisa.c --------------------------------------------------------------------------------------
+
+keel_status keel_train_lisa_load(struct keel_train_run *r); // the rows, if any are asked for
+// Whether the 1-based step is one on lisa_data, and how many of the steps up to and with it are.
+bool keel_train_lisa_aligns(const struct keel_train_run *r, uint64_t step);
+uint64_t keel_train_lisa_count(const struct keel_train_run *r, uint64_t step);
+// How many steps there are when `task_steps` of them are on the data.
+uint64_t keel_train_lisa_all(const struct keel_train_run *r, uint64_t task_steps);
+void keel_train_lisa_skip(struct keel_train_run *r, uint64_t steps);
+keel_status keel_train_lisa_buffers(struct keel_train_run *r);
+// Before the gradient of a step: keeps the adapter if the other kind of steps ends here. After it: adds the proximal term's.
+keel_status keel_train_lisa_turn(struct keel_train_run *r, uint64_t step);
+keel_status keel_train_lisa_proximal(struct keel_train_run *r, struct keel_step_info *info);
+void keel_train_lisa_finish(struct keel_train_lisa *lisa); // accepts all-zero
 
 // --- constrain.c ---------------------------------------------------------------------------------
 

@@ -63,6 +63,11 @@ static void collect_options(struct keel_train_run *r)
     option_add(r, "--grad-clip", "%.17g", p->grad_clip);
     option_add(r, "--init-adapter", "%s", p->init_adapter ? p->init_adapter : "");
     option_add(r, "hash of --steer", "%016llx", (unsigned long long)(p->hooks ? keel_hooks_hash(p->hooks, KEEL_HASH_INIT) : 0));
+    const bool lisa = r->lisa.set.n_rows > 0;
+    option_add(r, "hash of --lisa-data", "%016llx", (unsigned long long)(lisa ? r->lisa.set.hash : 0));
+    option_add(r, "--lisa-steps", "%u,%u of %llu", lisa ? p->lisa_align : 0, lisa ? p->lisa_task : 0,
+               (unsigned long long)(lisa ? r->n_steps : 0)); // the first tenth of all steps differs from the others
+    option_add(r, "--lisa-rho", "%.17g", lisa ? p->lisa_rho : 0);
     option_add(r, "--constrain", "%.17g,%.17g,%.17g", p->constrain[0], p->constrain[1], p->constrain[2]);
     const bool kl = r->kl.set.n_rows > 0;
     option_add(r, "hash of --kl-data", "%016llx", (unsigned long long)(kl ? r->kl.set.hash : 0));
@@ -91,7 +96,7 @@ keel_status keel_train_plan_steps(struct keel_train_run *r)
     } else {
         const double rows = ceil((double)r->set.n_rows * r->p->epochs - 1e-9);
         r->all_rows = rows > 1 ? (uint64_t)rows : 1;
-        r->n_steps = (r->all_rows + r->per_step - 1) / r->per_step;
+        r->n_steps = keel_train_lisa_all(r, (r->all_rows + r->per_step - 1) / r->per_step);
     }
     r->seqs = calloc(r->per_step, sizeof *r->seqs);
     if (!r->seqs) {
@@ -153,12 +158,12 @@ struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight)
 
 uint32_t keel_train_longest(const struct keel_train_run *r)
 {
-    return KEEL_MAX(r->set.longest, r->kl.set.longest);
+    return KEEL_MAX(r->set.longest, KEEL_MAX(r->kl.set.longest, r->lisa.set.longest));
 }
 
 uint32_t keel_train_most_loss(const struct keel_train_run *r)
 {
-    return KEEL_MAX(r->set.most_loss, r->kl.set.most_loss);
+    return KEEL_MAX(r->set.most_loss, KEEL_MAX(r->kl.set.most_loss, r->lisa.set.most_loss));
 }
 
 // What mitigations need to know of the base.
@@ -186,6 +191,7 @@ keel_status keel_train_create_buffers(struct keel_train_run *r)
     s->dev = r->dev;
     s->log = r->log;
     s->n_floats = r->adapter->n_floats;
+    s->n_tensors = 3;
     s->tensor[0] = keel_span_sub(r->adapter->params, 0, bytes);
     KEEL_TRY(keel_heap_create(&r->heap, r->dev, KEEL_HEAP_DEVICE, "gradients and moments"));
     // The small ones first: a heap that has grown adds a quarter of itself.
@@ -194,6 +200,7 @@ keel_status keel_train_create_buffers(struct keel_train_run *r)
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &r->grads));
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &s->tensor[1]));
     KEEL_TRY(keel_heap_alloc(r->heap, bytes, &s->tensor[2]));
+    KEEL_TRY(keel_train_lisa_buffers(r));
     KEEL_TRY(keel_recorder_create(&r->rec, r->dev, &(struct keel_recorder_params){ 0 }));
     keel_record_fill(r->rec, r->grads, 0);
     keel_record_fill(r->rec, s->tensor[1], 0);
@@ -221,7 +228,8 @@ keel_status keel_train_start(struct keel_train_run *r)
     struct keel_train_state *s = &r->state;
     if (r->p->resume && keel_path_exists(r->state_path)) {
         KEEL_TRY(keel_train_state_load(s, r->state_path));
-        if (s->step < r->n_steps && s->rows != s->step * r->per_step) {
+        const uint64_t data_steps = s->step - keel_train_lisa_count(r, s->step);
+        if (s->step < r->n_steps && s->rows != data_steps * r->per_step) {
             KEEL_FAIL(r->log, KEEL_ERR_MISMATCH,
                       "%s: that run ended with a part of a step, so it cannot be lengthened; use its adapter "
                       "with --init-adapter",
@@ -234,6 +242,7 @@ keel_status keel_train_start(struct keel_train_run *r)
         for (uint64_t i = 0; i < s->rows; i++) {
             keel_row_order_next(&r->order);
         }
+        keel_train_lisa_skip(r, s->step);
         keel_train_kl_skip(r, s->step);
         KEEL_INFO(r->log, "%s: going on after step %llu of %llu", r->state_path, (unsigned long long)s->step,
                   (unsigned long long)r->n_steps);

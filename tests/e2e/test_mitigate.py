@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base,
-constrained loss."""
+constrained loss, Lisa."""
 import json
 
 import numpy as np
@@ -275,3 +275,71 @@ def test_constrained_in_the_plan(keel, tiny_a):
 def test_bad_constrain(keel, tiny_c, tmp_path, text):
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
     keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, constrain=text), says="--constrain", rc=(1, 2), leaves=tmp_path)
+
+
+# --- Lisa ----------------------------------------------------------------------------------------
+
+def lisa_oracle(ref, n_steps, turn, rho, align_rows, values):
+    """loss_of for lora.train(), whose steps' rows are used in the task's steps alone; terms are appended to `values`."""
+    state = {"step": 0, "task": 0, "align": 0, "other": None}
+
+    def loss_of(model, rows, steps):
+        s = state["step"]
+        state["step"] += 1
+        params = [p for n, p in sorted(model.named_parameters()) if "lora_" in n]
+        at = s % sum(turn)
+        if at in (0, turn[0]):
+            state["other"] = [p.detach().clone() for p in params]
+        kind = "align" if at < turn[0] else "task"
+        pool, n = (align_rows if kind == "align" else steps), len(rows)
+        batch = [pool[(state[kind] + i) % len(pool)] for i in range(n)]
+        state[kind] += n
+        loss = lora.step_loss(model, [lora.row_ids(ref.tok, r) for r in batch])
+        term = rho / 2 * sum(((p - o) ** 2).sum() for p, o in zip(params, state["other"]))
+        if s >= 0.1 * n_steps:
+            term.backward()
+        values.append((kind, term.item() if s >= 0.1 * n_steps else 0.0))
+        return loss
+    return loss_of
+
+
+def test_lisa(keel, tiny_a, oracle, tmp_path):
+    """Two turns and a half of 2 + 3 steps; a rho that moves the weights."""
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path)
+    rows, align, n = texts.TRAIN[:6], texts.TRAIN[6:9], 13
+    o = {"lisa_data": write_rows(tmp_path / "align.jsonl", align), "lisa_steps": "2,3", "lisa_rho": 5}
+    out, log = train(keel, tiny_a, rows, tmp_path, **opts, batch=2, steps=n, **o)
+    values = []
+    loss_of = lisa_oracle(ref, n, (2, 3), 5, align, values)
+    want = lora.train(ref, init, ALPHA, [rows[:2]] * n, [LR] * n, loss_of=lambda model, r: loss_of(model, r, rows))
+    same_losses(log, want)
+    for r, (kind, term) in zip(log, values, strict=True):
+        assert r["phase"] == kind and abs(r["proximal"] - term) < 2e-3 * term + 1e-9, (r, term)
+    assert max(t for _, t in values) > 1e-3
+    same_adapter(lora.read_gguf(out)[0], want["adapter"], init)
+
+
+def test_lisa_epochs(keel, tiny_c, tmp_path):
+    """Epochs are of the data: 6 rows are 6 steps, and before each 4 of them stand 2 others."""
+    o = {"lisa_data": write_rows(tmp_path / "align.jsonl", texts.TRAIN[6:9]), "lisa_steps": "2,4"}
+    _, log = train(keel, tiny_c, texts.TRAIN[:6], tmp_path, batch=1, rank=2, epochs=1, **o)
+    assert [r["phase"][0] for r in log] == list("aattttaatt")
+
+
+def test_lisa_resume(keel, tiny_c, tmp_path):
+    o = {"lisa_data": write_rows(tmp_path / "align.jsonl", texts.TRAIN[6:9]), "lisa_steps": "2,3", "lisa_rho": 5}
+    resumes_to_the_same_bits(keel, tiny_c, tmp_path, **o)
+
+
+def test_lisa_in_the_plan(keel, tiny_a):
+    plan = {r["what"]: r["bytes"] for r in keel("info", tiny_a, "--rank", 8, "--lisa", "--json").json["plan_train"]["rows"]}
+    assert plan["other adapters of Lisa"] == plan["AdamW moments"]
+
+
+@pytest.mark.parametrize("o,says", [({"lisa_steps": "0,3"}, "--lisa-steps"), ({"lisa_steps": "3"}, "--lisa-steps"),
+                                    ({"lisa_steps": "-1,3"}, "--lisa-steps"), ({"lisa_rho": -1}, "--lisa-rho"),
+                                    ({"lisa_data": "nowhere.jsonl"}, "nowhere.jsonl")])
+def test_bad_lisa(keel, tiny_c, tmp_path, o, says):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **{"lisa_data": data, **o}), says=says, rc=(1, 2), leaves=tmp_path)

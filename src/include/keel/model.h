@@ -85,6 +85,7 @@ struct keel_plan_params {
     uint32_t train_row;    // longest row
     const char *targets, *layers; // as in keel_train_params
     bool images;         // rows or prompts with images: room for their soft tokens
+    bool train_lisa;
     uint64_t train_constrain_tokens; // loss tokens of the data, if keel_train_params.constrain is set
     uint64_t train_kl_tokens; // loss tokens of keel_train_params.kl_data
 };

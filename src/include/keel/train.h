@@ -24,6 +24,8 @@ struct keel_step_info {
     uint64_t loss_tokens;
     double seconds;     // of the step
     double constrained_loss; // what is descended with `constrain`: mean over the loss tokens of weight times nll; 0 without
+    bool lisa_align;    // a step on lisa_data
+    double proximal;    // Lisa's term as it was added: ρ/2 · |w - w_other|²
     double kl, kl_seconds; // mean divergence from the base over the step's tokens of kl_data, and what it took; 0 without
 };
 
@@ -63,6 +65,12 @@ struct keel_train_params {
     // is learnt less. β of the first token of each response, of tokens 2 to 5, and of the others; the paper has 0.5, 2, 0.1.
     // All 0: the plain loss. Costs one forward pass over the data and 8 bytes a loss token.
     double constrain[3];
+    // Lisa (Huang et al. 2024, arXiv 2405.18641): lisa_align steps on rows of lisa_data take turns with lisa_task steps on the data, and
+    // each step adds ρ/2 · |w - w_other|², w_other being the adapter as the other kind of steps left it; not in the first tenth of the
+    // steps. `steps` counts both; `epochs` are of the data. Costs two more copies of the adapter and lisa_align/lisa_task more steps.
+    const char *lisa_data;    // JSONL rows as in `data`; NULL: off
+    uint32_t lisa_align, lisa_task;
+    double lisa_rho;
     // Divergence from the base (2602.07852): adds kl_weight times the mean of KL(base ‖ adapted) over the loss tokens of kl_rows rows of
     // kl_data a step. The base is the model without any adapter and hook; of its predictions the 64 likeliest tokens and the rest as
     // one are kept (516 bytes a loss token of the file), so what is held down is a lower bound of the divergence. The adapted
@@ -78,7 +86,7 @@ struct keel_train_params {
 #define KEEL_TRAIN_DEFAULTS                                                                                                        \
     .rank = 16, .targets = "all", .lr = 2e-4, .schedule = "constant", .epochs = 1, .batch = 4, .accum = 1, .seq_len = 512,         \
     .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,          \
-    .kl_weight = 1.0, .kl_rows = 4,
+    .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1.0, .kl_weight = 1.0, .kl_rows = 4,
 
 struct keel_train_result {
     uint64_t steps;
