@@ -5,8 +5,8 @@
 // reference's probabilities, so that only its own errors count.
 #include "op_test.h"
 
-enum mask_kind { CAUSAL, WINDOW, PACKED, IMAGE, RING, N_MASKS };
-static const char *const mask_names[] = { "causal", "window", "packed", "image", "ring" };
+enum mask_kind { CAUSAL, WINDOW, PACKED, IMAGE, RING, ALL, N_MASKS };
+static const char *const mask_names[] = { "causal", "window", "packed", "image", "ring", "all" };
 
 struct att_case {
     enum mask_kind mask;
@@ -52,6 +52,10 @@ static void fill_mask(struct att_setup *s, const struct att_case *c)
         }
         s->lo[t] = c->mask == PACKED ? segment : c->mask == CAUSAL || c->mask == IMAGE ? 0 : KEEL_MAX(0, at + 1 - window);
         s->hi[t] = at + 1;
+    }
+    for (int t = 0; t < T && c->mask == ALL; t++) {
+        s->lo[t] = 0;
+        s->hi[t] = T;
     }
     if (c->mask == IMAGE) { // tokens of the middle see all of it
         const int begin = T / 4, end = KEEL_MAX(begin + 1, 3 * T / 4);
@@ -195,7 +199,7 @@ static void fwd_case(struct op_test *t, const struct att_case *c)
         .spans = op_in_words(t, "spans", s.spans, (size_t)c->T * 8), .o = op_out(t, "o", NULL, s.o, budget, s.n_q),
         .p = op_scratch(t, "p", bytes), .n_tokens = (uint32_t)c->T, .n_heads = (uint32_t)c->H, .n_kv_heads = (uint32_t)c->G,
         .head_dim = (uint32_t)c->d, .kv_rows = (uint32_t)s.R, .max_span = (uint32_t)s.S, .max_union = s.max_union,
-        .scale = (float)s.scale,
+        .scale = (float)s.scale, .all = c->mask == ALL,
     };
     op_run(t, record_fwd, &p);
     if (c->chunk == 0) {
@@ -393,6 +397,24 @@ static void test_chunks(void **state)
     op_end(t);
 }
 
+// Patches of an image: heads and numbers of keys that the faster kernels take and some that they do not, more tokens than eight
+// lanes work on, scratch for some of them.
+static void test_all(void **state)
+{
+    struct op_test *t = *state;
+    const struct att_case cases[] = {
+        { .T = 4, .H = 1, .G = 1, .d = 8 },    { .T = 36, .H = 3, .G = 3, .d = 72 },  { .T = 100, .H = 2, .G = 1, .d = 24 },
+        { .T = 52, .H = 2, .G = 2, .d = 256 }, { .T = 300, .H = 2, .G = 2, .d = 40 }, { .T = 33, .H = 2, .G = 2, .d = 72 },
+        { .T = 64, .H = 2, .G = 2, .d = 12 },  { .T = 144, .H = 2, .G = 2, .d = 72, .chunk = 20 },
+    };
+    for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
+        struct att_case c = cases[i];
+        c.mask = ALL;
+        fwd_case(t, &c);
+    }
+    op_end(t);
+}
+
 // --- slopes --------------------------------------------------------------------------------------
 
 struct both {
@@ -456,6 +478,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_fwd),    cmocka_unit_test(test_ring),  cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_bwd),    cmocka_unit_test(test_bwd_chunks), cmocka_unit_test(test_slope),
+        cmocka_unit_test(test_all),
     };
     return op_main("op_attention", tests);
 }

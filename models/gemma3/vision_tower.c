@@ -127,7 +127,8 @@ void keel_tower_attention_half(const struct keel_tower_pass *p, uint32_t layer, 
                                                            .kv_rows = n,
                                                            .max_span = n,
                                                            .max_union = n,
-                                                           .scale = keel_siglip_scale(c)});
+                                                           .scale = keel_siglip_scale(c),
+                                                           .all = true});
     project(p, layer, KEEL_V_OUT, a->o, a->x1, x, n);
     norm(p, a->x1, b->norm[KEEL_V_LN2], b->norm_bias[KEEL_V_LN2], a->fn);
 }

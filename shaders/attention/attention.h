@@ -13,3 +13,8 @@ struct attention_pc {
     float scale;
     uint add;        // keys: add to what is there
 };
+
+// Of the kernels for tokens that all see the same keys.
+#define ATTENTION_ALL_TOKENS 16u // scores: tokens of a workgroup
+#define ATTENTION_ALL_KEYS 4u    // scores: keys of a lane
+#define ATTENTION_ALL_UNIT 32u   // mix: tokens of eight lanes

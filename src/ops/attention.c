@@ -66,27 +66,77 @@ static uint32_t chunk_of(uint64_t bytes, uint64_t row_bytes, uint32_t n_tokens)
     return fit >= n_tokens ? n_tokens : KEEL_MAX((uint32_t)fit / GROUP * GROUP, GROUP);
 }
 
-// P = softmax(scale · q kᵀ) for the tokens of one chunk.
-static void record_probabilities(keel_recorder *rec, const struct attention_pc *pc, struct keel_span q, struct keel_span k,
-                                 struct keel_span spans, struct keel_span p, uint32_t max_union)
+static void record_softmax(keel_recorder *rec, const struct attention_pc *pc, struct keel_span spans, struct keel_span p)
 {
     const uint64_t n = (uint64_t)pc->p_rows * pc->n_heads * pc->p_cols;
-    record_product(rec, *pc, &(struct product_args){ SCORES, q, k, spans, p, keel_div_up(pc->p_rows, GROUP), max_union, "attn_scores" });
     keel_record(rec, &(struct keel_dispatch){
         .shader = &keel_sh_attn_softmax, .spec = { LANES }, .n_spec = 1, .bind = { READ(spans), UPDATE(p) }, .n_bind = 2,
         .push = pc, .push_bytes = sizeof *pc, .groups = { pc->p_rows, pc->n_heads, 1 },
         .flops = 6 * n, .bytes = 12 * n, .label = "attn_softmax" });
 }
 
+// P = softmax(scale · q kᵀ) for the tokens of one chunk.
+static void record_probabilities(keel_recorder *rec, const struct attention_pc *pc, struct keel_span q, struct keel_span k,
+                                 struct keel_span spans, struct keel_span p, uint32_t max_union)
+{
+    record_product(rec, *pc, &(struct product_args){ SCORES, q, k, spans, p, keel_div_up(pc->p_rows, GROUP), max_union, "attn_scores" });
+    record_softmax(rec, pc, spans, p);
+}
+
+// --- every token sees every key -------------------------------------------------------------------
+
+static void record_scores_all(keel_recorder *rec, struct attention_pc pc, const struct keel_attention_params *p)
+{
+    const uint32_t units = keel_div_up(pc.p_rows, ATTENTION_ALL_TOKENS);
+    const uint64_t unit_flops = 2ull * ATTENTION_ALL_TOKENS * pc.kv_rows * pc.head_dim * pc.n_heads;
+    const uint32_t step = units_per_dispatch(rec, units, unit_flops, 1);
+    for (uint32_t i = 0; i < units; i += step) {
+        pc.group0 = i;
+        pc.groups = KEEL_MIN(step, units - i);
+        keel_record(rec, &(struct keel_dispatch){
+            .shader = &keel_sh_attn_scores_all, .spec = { LANES }, .n_spec = 1,
+            .bind = { READ(p->q), READ(p->k), UPDATE(p->p) }, .n_bind = 3, .push = &pc, .push_bytes = sizeof pc,
+            .groups = { keel_div_up(pc.kv_rows, LANES * ATTENTION_ALL_KEYS), pc.groups, pc.n_heads },
+            .flops = unit_flops * pc.groups,
+            .bytes = 4ull * pc.n_heads * pc.kv_rows * pc.groups * (pc.head_dim + ATTENTION_ALL_TOKENS), .label = "attn_scores" });
+    }
+}
+
+static void record_mix_all(keel_recorder *rec, struct attention_pc pc, const struct keel_attention_params *p)
+{
+    const uint32_t quads = pc.head_dim / 4, units = keel_div_up(pc.p_rows, ATTENTION_ALL_UNIT);
+    // Eight lanes read eight quads at once; six where that divides the head and eight does not (SigLIP: 18 quads).
+    const uint32_t part = quads % 8 > 0 && quads % 6 == 0 ? 6 : 8;
+    const uint64_t unit_flops = 2ull * ATTENTION_ALL_UNIT * pc.kv_rows * pc.head_dim * pc.n_heads;
+    const uint32_t step = units_per_dispatch(rec, units, unit_flops, 1);
+    for (uint32_t i = 0; i < units; i += step) {
+        pc.group0 = i;
+        pc.groups = KEEL_MIN(step, units - i);
+        keel_record(rec, &(struct keel_dispatch){
+            .shader = &keel_sh_attn_mix_all, .spec = { LANES, part }, .n_spec = 2,
+            .bind = { READ(p->p), READ(p->v), UPDATE(p->o) }, .n_bind = 3, .push = &pc, .push_bytes = sizeof pc,
+            .groups = { keel_div_up(pc.groups * keel_div_up(quads, part), LANES / 8), pc.n_heads, 1 },
+            .flops = unit_flops * pc.groups,
+            .bytes = 4ull * pc.n_heads * pc.kv_rows * pc.groups * (pc.head_dim + ATTENTION_ALL_UNIT), .label = "attn_mix" });
+    }
+}
+
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
 {
     const uint32_t chunk = chunk_of(p->p.bytes, 4ull * p->n_heads * p->max_span, p->n_tokens);
+    const bool all = p->all && use_exchange(rec, KEEL_FAMILY_ATTENTION) && p->head_dim % 8 == 0 && p->kv_rows % 4 == 0;
     for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
         const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
         struct attention_pc pc = {
             .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
             .kv_rows = p->kv_rows, .t0 = t, .p_rows = n, .p_cols = p->max_span, .scale = p->scale,
         };
+        if (all) {
+            record_scores_all(rec, pc, p);
+            record_softmax(rec, &pc, p->spans, p->p);
+            record_mix_all(rec, pc, p);
+            continue;
+        }
         record_probabilities(rec, &pc, p->q, p->k, p->spans, p->p, p->max_union);
         pc.scale = 1.0f;
         record_product(rec, pc, &(struct product_args){ MIX, p->p, p->v, p->spans, p->o, keel_div_up(n, GROUP), p->max_union, "attn_mix" });

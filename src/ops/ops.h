@@ -170,12 +170,14 @@ struct keel_token_span {
 //   tokens, [H, T, p_cols], when T fits one chunk, as keel_attention_bwd() needs.
 //   max_span: at least the largest hi - lo; max_union: at least the largest (max hi - min lo) over aligned groups of
 //   KEEL_ATTENTION_GROUP tokens.
+//   all: every token sees cache rows [0, kv_rows), and max_span is kv_rows: patches of an image. There is a faster way for that.
 #define KEEL_ATTENTION_GROUP 4
 struct keel_attention_params {
     struct keel_span q, k, v, spans, o, p;
     uint32_t n_tokens, n_heads, n_kv_heads, head_dim, kv_rows;
     uint32_t max_span, max_union;
     float scale;
+    bool all;
 };
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p);
 uint64_t keel_attention_scratch(uint32_t n_tokens, uint32_t n_heads, uint32_t max_span);
