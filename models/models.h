@@ -17,6 +17,9 @@
 #include <keel/session.h>
 #include <keel/vision.h>
 
+// A matrix of a loaded model: of block `layer`, or with KEEL_N_PROJ the head.
+const struct keel_matrix *keel_model_matrix(const keel_model *model, uint32_t layer, uint32_t proj);
+
 // --- projections and adapters --------------------------------------------------------------------
 
 // The seven linear projections of a block, in llama.cpp's order of names.

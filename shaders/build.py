@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Turns one compute shader into a C file, or a list of module names into the header that declares them.
+"""Turns one compute shader into a C file, or a list of module names into the header that declares them or the table of all.
 
     build.py shader --glslang P --spirv-val P --include DIR --source F.comp --name N --out N.c --depfile N.d [DEFINE...]
     build.py header --out shaders.h NAME...
+    build.py table --out shaders.c NAME...
 
 The C file holds `const uint32_t keel_spv_N[]` and `const struct keel_shader keel_sh_N`. A warning of the compiler is an error.
 """
@@ -49,7 +50,13 @@ def header(a):
         f.write("#ifndef KEEL_SHADERS_H\n#define KEEL_SHADERS_H\n\n#include \"device.h\"\n\n")
         for name in a.name:
             f.write(f"extern const struct keel_shader keel_sh_{name};\n")
-        f.write("\n#endif\n")
+        f.write("\nextern const struct keel_shader *const keel_sh_all[]; // ends with NULL\n\n#endif\n")
+
+
+def table(a):
+    with open(a.out, "w") as f:
+        f.write("// Every shader module of keel. Made by shaders/build.py. Do not edit.\n#include \"shaders.h\"\n\n")
+        f.write("const struct keel_shader *const keel_sh_all[] = {\n    " + ",\n    ".join(f"&keel_sh_{n}" for n in a.name) + ",\n    NULL,\n};\n")
 
 
 def main():
@@ -64,6 +71,10 @@ def main():
     h.add_argument("--out", required=True)
     h.add_argument("name", nargs="+")
     h.set_defaults(do=header)
+    t = sub.add_parser("table")
+    t.add_argument("--out", required=True)
+    t.add_argument("name", nargs="+")
+    t.set_defaults(do=table)
     a = p.parse_args()
     a.do(a)
 

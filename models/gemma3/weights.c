@@ -6,6 +6,11 @@
 #include <math.h>
 #include <stdlib.h>
 
+const struct keel_matrix *keel_model_matrix(const keel_model *model, uint32_t layer, uint32_t proj)
+{
+    return proj == KEEL_N_PROJ ? model->w.head : &model->w.block[layer].proj[proj];
+}
+
 // --- NaN and infinity ----------------------------------------------------------------------------
 
 // Where a block's floats lie: the values themselves, or the scales of a quantised block (all its codes are finite).

@@ -22,7 +22,7 @@ int exit_code(keel_status st);
 
 struct common {
     bool verbose, quiet;
-    const char *model, *type, *mmproj, *device, *profile;
+    const char *model, *type, *mmproj, *device, *profile, *variant;
     bool validate;
     uint64_t memory_limit;
     struct arg_list lora, steer;
@@ -51,6 +51,8 @@ struct common {
         { .name = "--caps", .type = ARG_STR, .offset = OPT_COMMON(profile), .value = "PROFILE",                        \
           .choice = (const char *const[]){ "min", "rpi", "mali", "discrete", NULL },                                 \
           .help = "use no more than a smaller device offers: min, rpi, mali, discrete" },                              \
+        { .name = "--variant", .type = ARG_STR, .offset = OPT_COMMON(variant), .value = "V",                           \
+          .help = "force a kernel variant, to look for faults: NAME or FAMILY=NAME,... (keel doctor lists them)" },     \
         { .name = "--validate", .type = ARG_FLAG, .offset = OPT_COMMON(validate),                                      \
           .help = "turn on the Vulkan validation layer; a message is a failure" },                                     \
         { .name = "--memory-limit", .type = ARG_SIZE, .offset = OPT_COMMON(memory_limit), .value = "SIZE", .def = "0", \
@@ -78,6 +80,7 @@ struct context {
     keel_session *session;
     keel_hooks *hooks; // of the session, or NULL
     uint64_t load_ns;
+    bool unprepared; // set by a command that chooses kernel variants by itself, or runs none
 };
 // The program's log: to stderr, level from -v and -q.
 keel_log cli_log(const struct common *o);

@@ -69,7 +69,7 @@ static struct keel_caps probe(const struct devices_args *a, const struct keel_ca
 {
     char select[16];
     struct common common = a->common;
-    struct context c = { 0 };
+    struct context c = { .unprepared = true };
     struct keel_caps caps = *listed;
     snprintf(select, sizeof select, "%u", listed->index);
     common.device = select;

@@ -52,8 +52,8 @@ static int study_run(const void *args)
     struct context c = { .log = cli_log(&a->common) };
     struct study_progress p = { .line = { .off = a->common.quiet } };
     struct keel_study_result result;
-    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .mmproj = a->common.mmproj, .device = &device,
-                                              .progress = show, .user = &p };
+    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .mmproj = a->common.mmproj,
+                                              .device = &device, .variant = a->common.variant, .progress = show, .user = &p };
     stop_install();
     const keel_status st = keel_study_run(&params, &result, &c.log);
     progress_end(&p.line);

@@ -2,6 +2,8 @@
 // cli/context.c: opens what the common options name, and prints the library's messages.
 #include "cli.h"
 
+#include <keel/doctor.h>
+
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,9 +76,11 @@ keel_status context_open_device(struct context *c, const struct common *o)
         .profile = o->profile,
         .validate = o->validate,
         .memory_limit = o->memory_limit,
+        .fault = getenv("KEEL_FAULT"), // tests/README.md
     };
     c->log = cli_log(o);
-    return keel_device_create(&c->dev, &params, &c->log);
+    const keel_status st = keel_device_create(&c->dev, &params, &c->log);
+    return st == KEEL_OK && !c->unprepared ? keel_doctor_prepare(c->dev, o->variant) : st;
 }
 
 // The path of "PATH[:SCALE]", to be freed, and the scale. NULL: said why.

@@ -8,7 +8,7 @@
 
 static const struct arg_command *const commands[] = {
     &cmd_devices, &cmd_info,  &cmd_tokenize, &cmd_run,    &cmd_score, &cmd_perplexity,
-    &cmd_train,   &cmd_study, &cmd_report,   &cmd_export, &cmd_convert, &cmd_quantize, &cmd_merge, &cmd_bench,
+    &cmd_train,   &cmd_study, &cmd_report,   &cmd_export, &cmd_convert, &cmd_quantize, &cmd_merge, &cmd_bench, &cmd_doctor,
     &cmd_capture, &cmd_direction, &cmd_project, &cmd_geometry,
 };
 enum { N_COMMANDS = sizeof commands / sizeof commands[0] };

@@ -396,9 +396,10 @@ keel_status keel_device_create(keel_device **out, const struct keel_device_param
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of host memory while opening a device");
     }
     dev->log = log;
-    dev->no_cache = p.no_cache;
+    dev->no_cache = p.no_cache || (p.fault && p.fault[0]); // what a fault teaches is not true
     dev->memory_limit = p.memory_limit;
     dev->transfer.open = STAGE_NONE;
+    KEEL_TRY(keel_fault_init(dev, p.fault));
     KEEL_TRY(create_instance(&dev->instance, p.validate ? dev : NULL, log));
     KEEL_TRY(usable_devices(dev->instance, phys, &n, log));
     KEEL_TRY(choose(&index, p.select, phys, n, p.no_cache, log));
@@ -465,6 +466,13 @@ void keel_device_choose(keel_device *dev, uint32_t slot, uint8_t choice)
 const keel_log *keel_device_log(const keel_device *dev)
 {
     return dev->log;
+}
+
+const keel_log *keel_device_set_log(keel_device *dev, const keel_log *log)
+{
+    const keel_log *old = dev->log;
+    dev->log = log;
+    return old;
 }
 
 void keel_device_memory(const keel_device *dev, uint64_t *now, uint64_t *peak)

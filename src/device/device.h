@@ -12,6 +12,11 @@
 #include <keel/device.h>
 
 const keel_log *keel_device_log(const keel_device *dev); // may be NULL
+// From now on messages go there; the log until now, which must be put back before `log` ends. For what is expected to fail.
+const keel_log *keel_device_set_log(keel_device *dev, const keel_log *log);
+// Path in the cache folder for what was learnt of this device, driver and clamp profile: "WHAT-UUID-...". False: caches are off or
+// there is no folder.
+bool keel_device_cache_path(const keel_device *dev, const char *what, char *out, size_t out_bytes);
 
 // --- memory --------------------------------------------------------------------------------------
 

@@ -113,8 +113,16 @@ struct profile {
     bool clock_set;
 };
 
+enum fault_kind { FAULT_NONE, FAULT_COMPILE, FAULT_SKIP, FAULT_LOST, FAULT_DROP };
+struct fault {
+    enum fault_kind kind;
+    char shader[64];     // a part of its name
+    uint64_t submission; // counted from 0 since the device was opened
+};
+
 struct keel_device {
     const keel_log *log;
+    struct fault fault;
     struct keel_caps caps;
     bool no_cache;
     uint64_t memory_limit;
@@ -196,6 +204,14 @@ void keel_memory_free_all(keel_device *dev); // at destruction: whatever heaps a
 // --- transfer.c ----------------------------------------------------------------------------------
 
 void keel_transfer_finish(keel_device *dev);
+
+// --- fault.c -------------------------------------------------------------------------------------
+
+// Errors: ARG (not understood). NULL or "": none.
+keel_status keel_fault_init(keel_device *dev, const char *text);
+// Whether this shader, or the submission that comes now, is to fail so.
+bool keel_fault_shader(const keel_device *dev, enum fault_kind kind, const char *shader);
+bool keel_fault_submission(const keel_device *dev, enum fault_kind kind);
 
 // --- reflect.c -----------------------------------------------------------------------------------
 

@@ -183,6 +183,9 @@ static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const str
     const VkShaderModuleCreateInfo code = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
                                            .codeSize = 4u * d->shader->code_words, .pCode = d->shader->code};
     VkResult r = dev->vk.vkCreateShaderModule(dev->handle, &code, NULL, &module);
+    if (keel_fault_shader(dev, FAULT_COMPILE, d->shader->name)) {
+        r = VK_ERROR_UNKNOWN;
+    }
     if (r == VK_SUCCESS) {
         const VkComputePipelineCreateInfo info = {
             .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,

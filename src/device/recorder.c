@@ -280,7 +280,10 @@ static void submit_part(keel_recorder *rec, struct part *p)
         return;
     }
     p->submit_ns = keel_now_ns();
-    if (vk_ok(rec, dev->vk.vkQueueSubmit(dev->queue, 1, &info, p->fence), "a submission")) {
+    const VkSubmitInfo nothing = {.sType = VK_STRUCTURE_TYPE_SUBMIT_INFO};
+    const bool drop = keel_fault_submission(dev, FAULT_DROP), lost = keel_fault_submission(dev, FAULT_LOST);
+    const VkResult r = lost ? VK_ERROR_DEVICE_LOST : dev->vk.vkQueueSubmit(dev->queue, 1, drop ? &nothing : &info, p->fence);
+    if (vk_ok(rec, r, "a submission")) {
         p->in_flight = true;
         dev->n_dispatches += p->n;
         ++dev->n_submits;
@@ -577,7 +580,7 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
         fail(rec, st);
         return;
     }
-    if (!prepare(rec, d->flops, d->bytes)) {
+    if (keel_fault_shader(dev, FAULT_SKIP, d->shader->name) || !prepare(rec, d->flops, d->bytes)) {
         return;
     }
     const VkCommandBuffer cmd = rec->open->cmd;

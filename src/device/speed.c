@@ -19,16 +19,16 @@
 
 // --- cache ---------------------------------------------------------------------------------------
 
-static bool speed_path(const keel_device *dev, char *out, size_t out_bytes)
+bool keel_device_cache_path(const keel_device *dev, const char *what, char *out, size_t out_bytes)
 {
     char dir[2048];
-    // A clamped device is another one: its verdicts must not reach the real one.
-    if (dev->no_cache || dev->caps.profile[0] || !keel_cache_dir(dir, sizeof(dir))) {
+    if (dev->no_cache || !keel_cache_dir(dir, sizeof(dir))) {
         return false;
     }
+    // A clamped device is another one: what is true of it must not reach the real one.
     const struct keel_caps *c = &dev->caps;
-    const int n = snprintf(out, out_bytes, "%s/speed-%s-%08" PRIx32 "-%08" PRIx32 "-%08" PRIx32 ".txt", dir, c->uuid, c->vendor_id,
-                           c->device_id, c->driver_version);
+    const int n = snprintf(out, out_bytes, "%s/%s-%s-%08" PRIx32 "-%08" PRIx32 "-%08" PRIx32 "%s%s.txt", dir, what, c->uuid, c->vendor_id,
+                           c->device_id, c->driver_version, c->profile[0] ? "-" : "", c->profile);
     return n > 0 && (size_t)n < out_bytes;
 }
 
@@ -42,7 +42,7 @@ bool keel_speed_load(keel_device *dev)
     char path[4096];
     double gflops = 0.0, gbps = 0.0, flops = 0.0, bytes = 0.0;
     int exchange = 0;
-    FILE *f = speed_path(dev, path, sizeof(path)) ? fopen(path, "r") : NULL;
+    FILE *f = keel_device_cache_path(dev, "speed", path, sizeof(path)) ? fopen(path, "r") : NULL;
     if (!f) {
         return false;
     }
@@ -66,7 +66,7 @@ void keel_speed_save(const keel_device *dev)
     char path[4096];
     const double change = dev->saved_flops > 0.0 ? dev->rate_flops / dev->saved_flops : 0.0;
     if (dev->lost || (change > 0.8 && change < 1.25) || (dev->n_submits == 0 && dev->caps.gflops <= 0.0)
-        || !speed_path(dev, path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
+        || !keel_device_cache_path(dev, "speed", path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
         return;
     }
     fprintf(file.f, "keel-speed 2 %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->rate_flops,

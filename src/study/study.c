@@ -6,6 +6,8 @@
 #include "platform.h"
 #include "run.h"
 
+#include <keel/doctor.h>
+
 #include <stdio.h>
 #include <string.h>
 
@@ -74,6 +76,7 @@ static keel_status open_all(struct study *s)
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: targets of the vision tower, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
     }
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
+    KEEL_TRY(keel_doctor_prepare(s->dev, s->p->variant));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
     if (s->mmproj_path[0]) {
         KEEL_TRY(keel_images_create(&s->images, s->model, s->mmproj_path, s->log));

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPUTING = {"score", "run", "perplexity", "train", "bench", "study", "capture", "direction", "project", "geometry"}
+COMPUTING = {"score", "run", "perplexity", "train", "bench", "doctor", "study", "capture", "direction", "project", "geometry"}
 CRASH_WORDS = ("Assertion", "Sanitizer", "runtime error:", "Segmentation", "Validation Error")
 
 

@@ -62,6 +62,9 @@ struct keel_device_params {
     bool validate;       // turn on the validation layer; its messages become log errors and are counted
     bool no_cache;       // neither read nor write the caches on disk (pipelines, measured speeds)
     uint64_t memory_limit; // refuse to allocate more device memory than this; 0: what the device offers
+    const char *fault;   // for tests of what happens on broken drivers; NULL: none. "compile:SHADER": shaders whose names hold that do not
+                         // compile; "skip:SHADER": their dispatches do nothing; "lost:N": submission N, from 0, loses the device;
+                         // "drop:N": it does nothing, as after a reset that the driver hides
 };
 
 // Opens a device. NULL params: the defaults above. On success `*out` is released with keel_device_destroy().

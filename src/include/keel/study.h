@@ -23,6 +23,7 @@ struct keel_study_params {
     const char *model;  // overrides the file's model, or NULL
     const char *mmproj; // overrides the file's image tower, or NULL
     const struct keel_device_params *device; // NULL: defaults
+    const char *variant; // as for keel_doctor_prepare()
     bool (*progress)(void *user, const struct keel_study_progress *p); // false: stop, to be resumed. May be NULL
     void *user;
 };

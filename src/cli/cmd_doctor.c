@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+// cli/cmd_doctor.c: checks and times every kernel variant on a device, then a whole model end to end.
+#include "cli.h"
+#include "commands.h"
+
+#include <keel/doctor.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+struct doctor_args {
+    struct common common;
+    bool json, quick;
+};
+
+static json_t *row_json(const struct keel_doctor_row *r)
+{
+    return json_pack("{s:s, s:s, s:s, s:i, s:b, s:b, s:f, s:o, s:s}", "op", r->op, "family", r->family, "variant", r->variant, "cases",
+                     (int)r->cases, "right", r->right, "chosen", r->chosen, "worst", r->worst, "ms",
+                     r->ms > 0 ? json_real(r->ms) : json_null(), "why", r->why);
+}
+
+static void row_print(const struct keel_doctor_row *r)
+{
+    char ms[32] = "-";
+    if (r->ms > 0) {
+        snprintf(ms, sizeof ms, "%.3f", r->ms);
+    }
+    printf("%-20s %-12s %-10s %6u %-6s %6.0f%% %10s  %s\n", r->op, r->family, r->variant, r->cases, r->right ? "right" : "WRONG",
+           100 * r->worst, ms, r->right ? (r->chosen && r->family[0] ? "chosen" : "") : r->why);
+}
+
+static void on_row(void *user, const struct keel_doctor_row *row)
+{
+    const struct doctor_args *a = user;
+    if (!a->common.quiet) {
+        fprintf(stderr, "checked %s, %s: %s\n", row->op, row->variant, row->right ? "right" : "wrong");
+    }
+}
+
+static void report_print(const struct context *c, const struct doctor_args *a, const struct keel_doctor_report *report)
+{
+    const struct keel_caps *caps = keel_device_caps(c->dev);
+    if (a->json) {
+        json_t *rows = json_array();
+        for (uint32_t i = 0; i < report->n_rows; i++) {
+            json_array_append_new(rows, row_json(&report->row[i]));
+        }
+        print_json(stdout, json_pack("{s:s, s:s, s:s, s:o, s:i}", "device", caps->name, "driver", caps->driver, "profile", caps->profile,
+                                     "rows", rows, "base_wrong", (int)report->n_base_wrong));
+        return;
+    }
+    printf("%s (%s)\n%-20s %-12s %-10s %6s %-6s %7s %10s\n", caps->name, caps->driver, "op", "family", "variant", "cases", "result", "error",
+           "ms");
+    for (uint32_t i = 0; i < report->n_rows; i++) {
+        row_print(&report->row[i]);
+    }
+}
+
+static int doctor_run(const void *args)
+{
+    const struct doctor_args *a = args;
+    struct context c = { .log = cli_log(&a->common), .unprepared = true };
+    struct keel_doctor_report *report = calloc(1, sizeof *report);
+    keel_status st = report ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+    if (st == KEEL_OK) {
+        st = a->common.model ? context_load(&c, &a->common) : context_open_device(&c, &a->common);
+    }
+    if (st == KEEL_OK) {
+        const struct keel_doctor_params params = { .quick = a->quick, .model = c.model, .progress = on_row, .user = (void *)args };
+        st = keel_doctor_run(c.dev, &params, report);
+    }
+    if (st == KEEL_OK) {
+        report_print(&c, a, report);
+        if (report->n_base_wrong > 0) {
+            say(&c, KEEL_LOG_ERROR, "%u base variants are wrong: nothing that keel computes on %s can be trusted", report->n_base_wrong,
+                keel_device_caps(c.dev)->name);
+            st = KEEL_ERR_NUMERIC;
+        }
+    }
+    free(report);
+    return context_close(&c, st);
+}
+
+#define AT(field) offsetof(struct doctor_args, field)
+static const struct arg_option options[] = {
+    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL",
+      .help = "time the variants on the matrices of this model, and choose for it" },
+    { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },
+    { .name = "--quick", .type = ARG_FLAG, .offset = AT(quick), .help = "only what the first use of a device checks by itself" },
+    OPTIONS_DEVICE,
+    OPTIONS_LOG,
+};
+const struct arg_command cmd_doctor = {
+    .name = "doctor", .summary = "check every kernel variant on a device, time it, choose", .usage = "[-m MODEL] [--json]",
+    .notes = "Each variant runs on random and adverse data of odd sizes, 50 times with the same bits, against a reference in double\n"
+             "precision. error is the largest in parts of what rounding explains. The choice is kept in the cache folder for this\n"
+             "device, driver and version of keel. Exit code 1 if a base variant is wrong.",
+    .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct doctor_args), .run = doctor_run,
+};
