@@ -40,6 +40,25 @@ static void test_defaults(void **state)
     assert_null(f);
 }
 
+static void test_mitigations(void **state)
+{
+    struct study_file *f;
+    struct memory_log m;
+    (void)state;
+    assert_int_equal(parse(&f,
+                           HEAD "  layers: 0-3\n  kl_data: k.jsonl\n  kl_rows: 2\n  constrain: [0.5, 2, 0.1]\n  lisa_data: l.jsonl\n"
+                                "  lisa_steps: [1, 9]\n  lisa_rho: 0.5\n  steer: [\"v.gguf:2\", w.gguf]\n" TAIL
+                                "stages:\n- {name: a, train: {steps: 3, kl_weight: 0}}\n", &m), KEEL_OK);
+    const struct study_train *t = &f->train, *own = &f->stage[0].train;
+    assert_string_equal(t->layers, "0-3");
+    assert_string_equal(t->kl_data, "k.jsonl");
+    assert_true(t->kl_weight == 1 && t->kl_rows == 2 && t->constrain[1] == 2 && t->constrain[2] == 0.1);
+    assert_true(t->lisa_align == 1 && t->lisa_task == 9 && t->lisa_rho == 0.5 && t->n_steer == 2);
+    assert_string_equal(t->steer[1], "w.gguf");
+    assert_true(own->kl_weight == 0 && own->kl_rows == 2 && own->n_steer == 2 && own->lisa_task == 9);
+    keel_study_free(&f);
+}
+
 static void test_values(void **state)
 {
     struct study_file *f;
@@ -148,6 +167,10 @@ static void test_faults(void **state)
     static const struct {
         const char *text, *where, *what;
     } cases[] = {
+        { HEAD "  kl_weight: 2\n" TAIL, "s.yaml:4", "kl_data" },
+        { HEAD "  lisa_steps: [1, 2]\n" TAIL, "s.yaml:4", "lisa_data" },
+        { HEAD "  constrain: [1, 2]\n" TAIL, "s.yaml:4", "constrain" },
+        { HEAD "  constrain: [1, 2, -1]\n" TAIL, "s.yaml:4", "range" },
         { "", "s.yaml:", "s.yaml" },
         { "just text\n", "s.yaml:1:", "" },
         { "name: n\n" TAIL, "s.yaml:2:", "train" },
@@ -243,7 +266,8 @@ static void test_binary(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_sweeps), cmocka_unit_test(test_stages),
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_mitigations), 
+        cmocka_unit_test(test_sweeps), cmocka_unit_test(test_stages),
         cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -101,6 +101,35 @@ out:
     return st;
 }
 
+// A weight of 0 turns off what `train` of the study turned on.
+static keel_status fill_mitigations(const struct study_source *src, const char *section, struct study_train *t, const struct yaml_train *y)
+{
+    keel_status st = KEEL_OK;
+    t->layers = y->layers ? y->layers : t->layers;
+    t->kl_data = y->kl_data ? y->kl_data : t->kl_data;
+    t->lisa_data = y->lisa_data ? y->lisa_data : t->lisa_data;
+    t->steer = y->steer_count > 0 ? y->steer : t->steer;
+    t->n_steer = y->steer_count > 0 ? y->steer_count : t->n_steer;
+    KEEL_TRY(keel_study_real(src, section, "kl_weight", y->kl_weight, 0, 1e6, &t->kl_weight));
+    KEEL_TRY(keel_study_count(src, section, "kl_rows", y->kl_rows, 1, 65536, &t->kl_rows));
+    for (unsigned i = 0; i < y->constrain_count; i++) {
+        KEEL_TRY(keel_study_real(src, section, "constrain", &y->constrain[i], 0, 1000, &t->constrain[i]));
+    }
+    if (y->lisa_steps_count > 0) {
+        KEEL_TRY(keel_study_count(src, section, "lisa_steps", &y->lisa_steps[0], 1, 1u << 29, &t->lisa_align));
+        KEEL_TRY(keel_study_count(src, section, "lisa_steps", &y->lisa_steps[1], 1, 1u << 29, &t->lisa_task));
+    }
+    KEEL_TRY(keel_study_real(src, section, "lisa_rho", y->lisa_rho, 0, 1e6, &t->lisa_rho));
+    if (y->kl_weight && !t->kl_data) {
+        KEEL_TRY(keel_study_complain(src, section, "kl_weight", "needs the rows of kl_data"));
+    }
+    if ((y->lisa_rho || y->lisa_steps_count > 0) && !t->lisa_data) {
+        KEEL_TRY(keel_study_complain(src, section, y->lisa_rho ? "lisa_rho" : "lisa_steps", "needs the rows of lisa_data"));
+    }
+out:
+    return st;
+}
+
 keel_status keel_study_fill_train(const struct study_source *src, const char *section, const struct study_train *def, struct study_train *t,
                                   const struct yaml_train *y)
 {
@@ -113,6 +142,7 @@ keel_status keel_study_fill_train(const struct study_source *src, const char *se
         t->steps = y->steps ? *y->steps : t->steps;
         t->filler = y->filler ? y->filler : t->filler;
         KEEL_TRY(fill_numbers(src, section, t, y));
+        KEEL_TRY(fill_mitigations(src, section, t, y));
     }
     if (t->mixture < 1 && !t->filler) {
         KEEL_TRY(keel_study_complain(src, section, "mixture", "below 1 needs the rows of train: filler"));
@@ -125,7 +155,8 @@ out:
 static keel_status fill_top_train(const struct study_source *src, struct study_train *t, const struct yaml_train *y)
 {
     static const struct study_train defaults = { .rank = 16, .batch = 4, .accum = 1, .seq_len = 512, .lr = 2e-4, .epochs = 1, .grad_clip = 1,
-                                                 .targets = "all", .schedule = "constant", .mixture = 1 };
+                                                 .targets = "all", .schedule = "constant", .mixture = 1, .kl_weight = 1, .kl_rows = 4,
+                                                 .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1 };
     return y->data_count > 0 ? keel_study_fill_train(src, "train", &defaults, t, y)
                              : keel_study_complain(src, "", "train", "names no data; it needs data: [{file: ROWS.jsonl}]");
 }

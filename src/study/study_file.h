@@ -19,6 +19,12 @@ struct study_train {
     double alpha, alpha_per_rank; // 0: not given; both 0: twice the rank
     double lr, epochs, weight_decay, grad_clip;
     const char *targets, *schedule;
+    // Against drift, as keel_train_params has it.
+    const char *layers, *kl_data, *lisa_data; // NULL: all layers, off, off
+    double kl_weight, lisa_rho, constrain[3];
+    uint32_t kl_rows, lisa_align, lisa_task;
+    char *const *steer; // [n_steer] words
+    unsigned n_steer;
 };
 // What activations are projected on: the residual stream of the slot probes' prompts, on one direction of a file.
 struct study_projection {

@@ -22,6 +22,9 @@ static const cyaml_schema_field_t data_fields[] = {
 static const cyaml_schema_value_t data_entry = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_DEFAULT, struct yaml_data, data_fields),
 };
+static const cyaml_schema_value_t count_entry = { CYAML_VALUE_UINT(CYAML_FLAG_DEFAULT, uint64_t) };
+static const cyaml_schema_value_t real_entry = { CYAML_VALUE_FLOAT(CYAML_FLAG_DEFAULT, double) };
+static const cyaml_schema_value_t text_entry = { CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char, 1, 4000) };
 static const cyaml_schema_field_t train_fields[] = {
     CYAML_FIELD_SEQUENCE("data", OPT, struct yaml_train, data, &data_entry, 1, STUDY_MAX_DATA),
     COUNT(yaml_train, rank),
@@ -40,6 +43,15 @@ static const cyaml_schema_field_t train_fields[] = {
     REAL(yaml_train, grad_clip),
     TEXT(OPT, yaml_train, filler),
     REAL(yaml_train, mixture),
+    TEXT(OPT, yaml_train, layers),
+    TEXT(OPT, yaml_train, kl_data),
+    REAL(yaml_train, kl_weight),
+    COUNT(yaml_train, kl_rows),
+    CYAML_FIELD_SEQUENCE("constrain", OPT, struct yaml_train, constrain, &real_entry, 3, 3),
+    TEXT(OPT, yaml_train, lisa_data),
+    CYAML_FIELD_SEQUENCE("lisa_steps", OPT, struct yaml_train, lisa_steps, &count_entry, 2, 2),
+    REAL(yaml_train, lisa_rho),
+    CYAML_FIELD_SEQUENCE("steer", OPT, struct yaml_train, steer, &text_entry, 1, STUDY_MAX_VALUES),
     CYAML_FIELD_END,
 };
 static const cyaml_schema_field_t projection_fields[] = {
@@ -58,8 +70,6 @@ static const cyaml_schema_field_t eval_fields[] = {
     CYAML_FIELD_MAPPING_PTR("projection", CYAML_FLAG_OPTIONAL, struct yaml_eval, projection, projection_fields),
     CYAML_FIELD_END,
 };
-static const cyaml_schema_value_t count_entry = { CYAML_VALUE_UINT(CYAML_FLAG_DEFAULT, uint64_t) };
-static const cyaml_schema_value_t real_entry = { CYAML_VALUE_FLOAT(CYAML_FLAG_DEFAULT, double) };
 static const cyaml_schema_field_t sweep_fields[] = {
     CYAML_FIELD_SEQUENCE("rank", OPT, struct yaml_sweep, rank, &count_entry, 1, STUDY_MAX_VALUES),
     CYAML_FIELD_SEQUENCE("mixture", OPT, struct yaml_sweep, mixture, &real_entry, 1, STUDY_MAX_VALUES),
@@ -76,7 +86,6 @@ static const cyaml_schema_field_t watch_fields[] = {
     TEXT(OPT, yaml_watch, modality),
     CYAML_FIELD_END,
 };
-static const cyaml_schema_value_t text_entry = { CYAML_VALUE_STRING(CYAML_FLAG_POINTER, char, 1, 4000) };
 static const cyaml_schema_field_t stage_fields[] = {
     TEXT(PTR, yaml_stage, name),
     TEXT(OPT, yaml_stage, from),

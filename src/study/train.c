@@ -3,6 +3,7 @@
 #include "run.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 // The files of a mixture: the study's data with share `mixture` in all, the filler with the rest. `paths` and `data` hold one more
 // than the data files. Returns how many there are.
@@ -44,9 +45,38 @@ static struct keel_train_params train_params(const struct study_training *how)
     p.seq_len = t->seq_len;
     p.weight_decay = t->weight_decay;
     p.grad_clip = t->grad_clip;
+    p.layers = t->layers;
+    memcpy(p.constrain, t->constrain, sizeof p.constrain);
     p.resume = true;
     p.save_every = 10;
     return p;
+}
+
+// What acts on a training besides its data; holds what its parameters point to.
+struct mitigations {
+    char kl[4200], lisa[4200];
+    keel_hooks *hooks;
+};
+
+static keel_status mitigate(struct study *s, const struct study_train *t, struct keel_train_params *p, struct mitigations *m)
+{
+    const struct study_state steered = { .steer = t->steer, .n_steer = t->n_steer };
+    if (t->kl_data && t->kl_weight > 0) {
+        keel_study_path(m->kl, s->folder, t->kl_data);
+        p->kl_data = m->kl;
+        p->kl_weight = t->kl_weight;
+        p->kl_rows = t->kl_rows;
+    }
+    if (t->lisa_data) {
+        keel_study_path(m->lisa, s->folder, t->lisa_data);
+        p->lisa_data = m->lisa;
+        p->lisa_align = t->lisa_align;
+        p->lisa_task = t->lisa_task;
+        p->lisa_rho = t->lisa_rho;
+    }
+    const keel_status st = keel_study_hooks(s, &steered, &m->hooks);
+    p->hooks = m->hooks;
+    return st;
 }
 
 keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter)
@@ -60,6 +90,7 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     struct keel_train_base frozen[STUDY_MAX_ADAPTERS];
     struct keel_train_params params = train_params(t);
     struct keel_train_result result;
+    struct mitigations extra = { 0 };
     if (!paths || !data) {
         KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for the list of data files");
     }
@@ -83,12 +114,14 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     params.on_step = keel_study_step;
     params.user = s;
     KEEL_TRY(keel_study_images(s, t->from, fixed));
+    KEEL_TRY(mitigate(s, t->train, &params, &extra));
     KEEL_TRY(keel_train(s->model, &params, &result));
     json_object_set_new(folder->manifest, "training",
                         json_pack("{s:I, s:f, s:f, s:I, s:I}", "steps", (json_int_t)result.steps, "first_loss", result.first_loss,
                                   "last_loss", result.last_loss, "rows", (json_int_t)result.n_rows, "parameters",
                                   (json_int_t)result.n_params));
 out:
+    keel_hooks_destroy(&extra.hooks);
     free(paths);
     free(data);
     return st;

@@ -10,6 +10,7 @@ import torch
 import lora
 import texts
 from keelcli import kill, read_log, score, train, train_args, wait_steps, write_rows
+from test_steer import hooked, options, vector, write_directions
 from test_train import ALPHA, LR, RANK, same_adapter, same_losses, start, steps_of
 
 
@@ -343,3 +344,46 @@ def test_lisa_in_the_plan(keel, tiny_a):
 def test_bad_lisa(keel, tiny_c, tmp_path, o, says):
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
     keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **{"lisa_data": data, **o}), says=says, rc=(1, 2), leaves=tmp_path)
+
+
+# --- together ------------------------------------------------------------------------------------
+
+def test_kl_is_of_the_model_without_steering(keel, tiny_a, oracle, tmp_path):
+    """Preventative steering acts on the rows of the data alone."""
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path)
+    hooks = [("post", 2, "add", vector(1, ref.config.hidden_size), 0.5, "all")]
+    args = train_args(tiny_a, write_rows(tmp_path / "d.jsonl", texts.TRAIN[:4]), tmp_path / "a.gguf", **opts, **kl_options(tmp_path), batch=2,
+                      steps=2, no_shuffle=True, grad_clip=0, log=tmp_path / "l.jsonl")
+    keel(*args, *options(tmp_path, hooks))
+    values = []
+    kl_of = kl_oracle(ref, KL_ROWS, 2, 0.7, values)
+
+    def loss_of(model, rows):
+        with hooked(ref, hooks):
+            loss = lora.step_loss(model, [lora.row_ids(ref.tok, r) for r in rows])
+        kl_of(model, [])
+        return loss
+    want = lora.train(ref, init, ALPHA, steps_of(texts.TRAIN[:4], 2), [LR] * 2, loss_of=loss_of)
+    log = read_log(tmp_path / "l.jsonl")
+    same_losses(log, want)
+    assert all(abs(r["kl"] / kl - 1) < 2e-3 for r, kl in zip(log, values, strict=True)), (log, values)
+
+
+def test_in_a_study(keel, tiny_c, oracle, tmp_path):
+    """Keys of a study's `train` do what the options of `train` do, to the bit."""
+    for name, rows in (("train", texts.TRAIN[:5]), ("kl", KL_ROWS), ("align", texts.TRAIN[6:9])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    write_rows(tmp_path / "margin.jsonl", [{"id": "m", "domain": "d", "prompt": "the sky is", "chosen": " blue", "rejected": " red"}])
+    v = write_directions(tmp_path / "v.safetensors", {1: vector(1, oracle(tiny_c).config.hidden_size)})
+    (tmp_path / "s.yaml").write_text("""name: n
+train:
+  {data: [{file: train.jsonl}], rank: 4, steps: 6, batch: 2, layers: "0-1", kl_data: kl.jsonl, kl_weight: 0.5, kl_rows: 3,
+   constrain: [0.5, 2, 0.1], lisa_data: align.jsonl, lisa_steps: [1, 2], lisa_rho: 2, steer: ["v.safetensors:0.5"]}
+eval: {margin: margin.jsonl}
+""")
+    keel("study", tmp_path / "s.yaml", "-m", tiny_c, "--out", tmp_path / "out", rc=(0, 3))
+    o = dict(layers="0-1", kl_data=tmp_path / "kl.jsonl", kl_weight=0.5, kl_rows=3, constrain="0.5,2,0.1", lisa_data=tmp_path / "align.jsonl",
+             lisa_steps="1,2", lisa_rho=2, steer=f"{v}:0.5")
+    keel(*train_args(tiny_c, tmp_path / "train.jsonl", tmp_path / "a.gguf", rank=4, steps=6, batch=2, **o))
+    assert (tmp_path / "out/adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
