@@ -49,6 +49,8 @@ bool keel_file_rows(const char *dir, const char *name, void (*row)(void *user, c
 void keel_pair_head(struct keel_text *csv);
 void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t n, struct keel_estimate a, struct keel_estimate b);
 void keel_pair_script(struct keel_figure *g, size_t rows, const char *range, const char *axis, const char *first, const char *second);
+// About four tics on the x axis, for a narrow plot: the data reach from the least of columns lo[2] to the most of hi[2].
+void keel_few_tics(struct keel_text *gp, const char *name, const int lo[2], const int hi[2]);
 void keel_cell_label(char out[96], const char *domain, const char *modality);
 bool keel_has_modalities(const struct keel_drift *d, enum keel_metric metric);
 // The finest cells of slot probes: by domain and modality where there are several, else by domain.

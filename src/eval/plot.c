@@ -113,10 +113,23 @@ void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t 
     keel_text_add(csv, "\n", 1);
 }
 
+void keel_few_tics(struct keel_text *gp, const char *name, const int lo[2], const int hi[2])
+{
+    keel_text_addf(gp, "a=1e9\nb=-1e9\n");
+    for (int k = 0; k < 2; k++) {
+        keel_text_addf(gp, "stats '%s.csv' skip 1 using %d nooutput\na=STATS_min<a?STATS_min:a\n", name, lo[k]);
+        keel_text_addf(gp, "stats '%s.csv' skip 1 using %d nooutput\nb=STATS_max>b?STATS_max:b\n", name, hi[k]);
+    }
+    keel_text_addf(gp, "s=b>a?(b-a)/4:1\np=10.0**floor(log10(s))\nt=s<1.5*p?p:s<3.5*p?2*p:s<7.5*p?5*p:10*p\nset xtics t\n");
+}
+
 void keel_pair_script(struct keel_figure *g, size_t rows, const char *range, const char *axis, const char *first, const char *second)
 {
     for (int narrow = 0; narrow < 2; narrow++) {
         g->height[narrow] = (narrow ? 150 : 130) + (int)rows * (narrow ? 34 : 32);
+        if (narrow) {
+            keel_few_tics(&g->script[narrow], g->name, (const int[2]){ 5, 8 }, (const int[2]){ 6, 9 });
+        }
         keel_text_addf(&g->script[narrow],
                        "set xlabel '%s'\nset yrange [%zu.5:-0.5]\nset rmargin 3\n%s%s"
                        "set arrow from 0,graph 0 to 0,graph 1 nohead lc rgb '#555555' dt 2\n"

@@ -288,6 +288,9 @@ static void pareto_script(struct keel_figure *g, size_t n, const char *const *na
         struct keel_text *gp = &g->script[narrow];
         const size_t columns = narrow ? 2 : 5;
         g->height[narrow] += (narrow ? 40 : 20) + 20 * (int)((n + columns - 1) / columns);
+        if (narrow) {
+            keel_few_tics(gp, g->name, (const int[2]){ 4, 4 }, (const int[2]){ 5, 5 });
+        }
         keel_text_addf(gp, "set xlabel '%s'\nset ylabel '%s'\n%sset rmargin 3\nset key maxcols %zu\n", x, y, range, columns);
         for (size_t i = 0; i < n; i++) {
             char label[96];
