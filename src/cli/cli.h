@@ -95,6 +95,8 @@ keel_status context_open_device(struct context *c, const struct common *o);
 // Replaces the name of a model that comes with keel ("clerk") by its file, and sets its vision tower if none is set. Any other
 // model, also a file of that name, stays as it is.
 void shipped_resolve(struct common *o);
+// Path of the log-probabilities that the clerk must give, for keel doctor; NULL: not installed. Static storage.
+const char *shipped_golden(void);
 // Hooks of --steer, which the caller destroys after the session; NULL without any.
 keel_status context_steer(struct context *c, const struct common *o, keel_hooks **hooks);
 // Session with the adapters of --lora and the hooks of --steer. n_ctx 0: o->ctx, which may itself be 0.

@@ -38,7 +38,15 @@ static void on_row(void *user, const struct keel_doctor_row *row)
     }
 }
 
-static void report_print(const struct context *c, const struct doctor_args *a, const struct keel_doctor_report *report)
+static json_t *whole_json(const struct keel_doctor_whole *w)
+{
+    return json_pack("{s:i, s:f, s:b, s:f, s:f, s:f, s:b}", "tokens", (int)w->n_tokens, "worst", w->worst, "forward_right", w->forward_right,
+                     "loss_before", w->loss_before, "loss_after", w->loss_after, "fall_foretold", w->fall_foretold, "step_right",
+                     w->step_right);
+}
+
+static void report_print(const struct context *c, const struct doctor_args *a, const struct keel_doctor_report *report,
+                         const struct keel_doctor_whole *whole)
 {
     const struct keel_caps *caps = keel_device_caps(c->dev);
     if (a->json) {
@@ -46,8 +54,9 @@ static void report_print(const struct context *c, const struct doctor_args *a, c
         for (uint32_t i = 0; i < report->n_rows; i++) {
             json_array_append_new(rows, row_json(&report->row[i]));
         }
-        print_json(stdout, json_pack("{s:s, s:s, s:s, s:o, s:i}", "device", caps->name, "driver", caps->driver, "profile", caps->profile,
-                                     "rows", rows, "base_wrong", (int)report->n_base_wrong));
+        print_json(stdout, json_pack("{s:s, s:s, s:s, s:o, s:i, s:o}", "device", caps->name, "driver", caps->driver, "profile",
+                                     caps->profile, "rows", rows, "base_wrong", (int)report->n_base_wrong, "whole",
+                                     whole->n_tokens ? whole_json(whole) : json_null()));
         return;
     }
     printf("%s (%s)\n%-20s %-12s %-10s %6s %-6s %7s %10s\n", caps->name, caps->driver, "op", "family", "variant", "cases", "result", "error",
@@ -55,12 +64,58 @@ static void report_print(const struct context *c, const struct doctor_args *a, c
     for (uint32_t i = 0; i < report->n_rows; i++) {
         row_print(&report->row[i]);
     }
+    if (whole->n_tokens) {
+        printf("the clerk: %u log-probabilities off by at most %.2g nats: %s; a training step took %.5f nats off the loss, foretold %.5f: %s\n",
+               whole->n_tokens, whole->worst, whole->forward_right ? "right" : "WRONG", whole->loss_before - whole->loss_after,
+               whole->fall_foretold, whole->step_right ? "right" : "WRONG");
+    }
+}
+
+// The clerk end to end, on the variants just chosen or those of --variant. Skipped where it is not installed.
+static keel_status check_clerk(struct context *c, const struct doctor_args *a, struct keel_doctor_whole *whole)
+{
+    struct common clerk = { .model = "clerk" };
+    const char *golden = shipped_golden();
+    keel_model *model = NULL;
+    keel_status st = a->common.variant ? keel_doctor_prepare(c->dev, a->common.variant) : KEEL_OK;
+    shipped_resolve(&clerk);
+    if (st != KEEL_OK || !golden) {
+        if (st == KEEL_OK) {
+            say(c, KEEL_LOG_WARN, "the clerk is not installed: nothing was run end to end");
+        }
+        return st;
+    }
+    st = keel_model_open(&model, clerk.model, &c->log);
+    if (st == KEEL_OK) {
+        st = keel_model_load(model, c->dev);
+    }
+    if (st == KEEL_OK) {
+        st = keel_doctor_model(model, golden, whole);
+    }
+    keel_model_close(&model);
+    return st;
+}
+
+// The status of a finished check: NUMERIC, with a reason, if the device cannot be trusted.
+static keel_status verdict(const struct context *c, const struct keel_doctor_report *report, const struct keel_doctor_whole *whole)
+{
+    const char *name = keel_device_caps(c->dev)->name;
+    if (report->n_base_wrong > 0) {
+        say(c, KEEL_LOG_ERROR, "%u base variants are wrong: nothing that keel computes on %s can be trusted", report->n_base_wrong, name);
+        return KEEL_ERR_NUMERIC;
+    }
+    if (whole->n_tokens && !(whole->forward_right && whole->step_right)) {
+        say(c, KEEL_LOG_ERROR, "every kernel is right alone, but a whole model is not: keel cannot be trusted on %s; try --variant base", name);
+        return KEEL_ERR_NUMERIC;
+    }
+    return KEEL_OK;
 }
 
 static int doctor_run(const void *args)
 {
     const struct doctor_args *a = args;
     struct context c = { .log = cli_log(&a->common), .unprepared = true };
+    struct keel_doctor_whole whole = { 0 };
     struct keel_doctor_report *report = calloc(1, sizeof *report);
     keel_status st = report ? KEEL_OK : KEEL_ERR_NO_MEMORY;
     if (st == KEEL_OK) {
@@ -70,13 +125,12 @@ static int doctor_run(const void *args)
         const struct keel_doctor_params params = { .quick = a->quick, .model = c.model, .progress = on_row, .user = (void *)args };
         st = keel_doctor_run(c.dev, &params, report);
     }
+    if (st == KEEL_OK && report->n_base_wrong == 0) {
+        st = check_clerk(&c, a, &whole);
+    }
     if (st == KEEL_OK) {
-        report_print(&c, a, report);
-        if (report->n_base_wrong > 0) {
-            say(&c, KEEL_LOG_ERROR, "%u base variants are wrong: nothing that keel computes on %s can be trusted", report->n_base_wrong,
-                keel_device_caps(c.dev)->name);
-            st = KEEL_ERR_NUMERIC;
-        }
+        report_print(&c, a, report, &whole);
+        st = verdict(&c, report, &whole);
     }
     free(report);
     return context_close(&c, st);
@@ -95,6 +149,7 @@ const struct arg_command cmd_doctor = {
     .name = "doctor", .summary = "check every kernel variant on a device, time it, choose", .usage = "[-m MODEL] [--json]",
     .notes = "Each variant runs on random and adverse data of odd sizes, 50 times with the same bits, against a reference in double\n"
              "precision. error is the largest in parts of what rounding explains. The choice is kept in the cache folder for this\n"
-             "device, driver and version of keel. Exit code 1 if a base variant is wrong.",
+             "device, driver and version of keel. Then the clerk runs end to end: log-probabilities against those of transformers, and one\n"
+             "training step. Exit code 1 if a base variant or the clerk is wrong.",
     .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct doctor_args), .run = doctor_run,
 };

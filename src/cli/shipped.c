@@ -36,6 +36,12 @@ static bool find(char path[MAX_PATH], const char *name, const char *file)
     return false;
 }
 
+const char *shipped_golden(void)
+{
+    static char path[MAX_PATH];
+    return find(path, "clerk", "golden.json") ? path : NULL;
+}
+
 void shipped_resolve(struct common *o)
 {
     static char model[MAX_PATH], mmproj[MAX_PATH];

@@ -73,6 +73,20 @@ def test_force_a_variant(keel, tiny_a, tmp_path, exchange):
         keel.fails("run", "-m", tiny_a, "-p", "a", "-n", 1, "--caps", "min", "--variant", "exchange", says=("exchange", "offers no"))
 
 
+@pytest.mark.parametrize("variant", [None, "base"])
+def test_the_clerk_end_to_end(keel, variant):
+    w = keel("doctor", "--quick", "--json", *(("--variant", variant) if variant else ())).json["whole"]
+    assert w["tokens"] > 100 and w["forward_right"] and w["step_right"]
+    assert 0 < w["worst"] < 1e-3 and w["loss_before"] - w["loss_after"] == pytest.approx(w["fall_foretold"], rel=0.02)
+
+
+@pytest.mark.parametrize("fault,key", [("skip:heads_fwd", "forward_right"), ("skip:geglu_bwd", "step_right")])
+def test_the_clerk_finds_what_ops_do_not(keel, fault, key):
+    """Shaders that the quick checks leave out."""
+    r = keel("doctor", "--quick", "--json", rc=1, env={"KEEL_FAULT": fault})
+    assert not r.json["whole"][key] and r.json["base_wrong"] == 0 and "cannot be trusted" in r.err
+
+
 @pytest.mark.full
 def test_all_cases(keel):
     j = keel("doctor", "--json").json

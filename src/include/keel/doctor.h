@@ -43,6 +43,19 @@ struct keel_doctor_params {
 // Errors: NO_MEMORY, DEVICE_LOST, DEVICE.
 KEEL_API keel_status keel_doctor_run(keel_device *dev, const struct keel_doctor_params *params, struct keel_doctor_report *report);
 
+// A whole model on the kernels that are in force.
+struct keel_doctor_whole {
+    uint32_t n_tokens;
+    double worst;          // largest difference of a log-probability from the golden one, nats
+    bool forward_right;    // all within 1e-3
+    double loss_before, loss_after, fall_foretold; // of one training step, nats a token
+    bool step_right;       // the loss fell by what the gradient foretold, within 2 %
+};
+// Runs the rows of `golden_path` (JSON: {"model_hash", "rows": [{"ids", "logprobs"}]}, made by tests/oracle/make_golden.py) on a loaded
+// model, then one training step of a rank-4 adapter. Errors: FORMAT, MISMATCH (values of another model), NO_MEMORY, DEVICE_LOST,
+// NUMERIC.
+KEEL_API keel_status keel_doctor_model(keel_model *model, const char *golden_path, struct keel_doctor_whole *out);
+
 // What a program does after it opened a device: takes the verdict from the cache, or makes a quick one. Warns when a base variant is
 // known to be wrong. `variant`, unless NULL or "", is forced instead, for looking for faults: "NAME" wherever it exists, or
 // "FAMILY=NAME,...". Errors: ARG (unknown, or not on this device), NO_MEMORY, DEVICE_LOST.
