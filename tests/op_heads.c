@@ -52,36 +52,68 @@ static void fwd_size(double *size, const double *x, const double *w, const doubl
     }
 }
 
-static void fwd_case(struct op_test *t, const struct heads_case *c)
+// What all parts of a case share.
+struct shared {
+    const double *rope;
+    struct keel_span rope_span, spans;
+};
+
+static struct shared share(struct op_test *t, const struct heads_case *c)
+{
+    struct shared s = { .rope = draw_rope(t, c->T, c->d) };
+    struct keel_token_span *spans = op_bytes(t, (size_t)c->T * sizeof *spans);
+    for (int i = 0; i < c->T; i++) {
+        spans[i] = (struct keel_token_span){ .lo = 0, .hi = (uint32_t)(c->slot0 + i + 1), .slot = (uint32_t)(c->slot0 + i) };
+    }
+    s.spans = op_in_words(t, "spans", spans, (size_t)c->T * 8);
+    s.rope_span = op_in(t, "rope", s.rope, (size_t)c->T * c->d);
+    return s;
+}
+
+static struct keel_heads_part add_part(struct op_test *t, const struct heads_case *c, const struct shared *s)
 {
     const int T = c->T, H = c->H, d = c->d, R = c->y_rows ? c->y_rows : T;
     const size_t n = (size_t)T * H * d, n_y = (size_t)R * H * d;
-    op_begin(t, "heads T=%d H=%d d=%d rows=%d slot0=%d %s", T, H, d, c->y_rows, c->slot0, c->copy ? "copy" : "norm+rope");
-    const double *x = op_draw_heavy(t, n, 1), *w = op_draw(t, (size_t)d, 1), *rope = draw_rope(t, T, d);
+    const double *x = op_draw_heavy(t, n, 1), *w = op_draw(t, (size_t)d, 1);
     const double *init = op_draw(t, n_y, 1); // rows that no token owns keep it
     int *slot = op_bytes(t, (size_t)T * sizeof *slot);
-    struct keel_token_span *spans = op_bytes(t, (size_t)T * sizeof *spans);
     for (int i = 0; i < T; i++) {
-        slot[i] = (c->slot0 + i) % R;
-        spans[i] = (struct keel_token_span){ .lo = 0, .hi = (uint32_t)(c->slot0 + i + 1), .slot = (uint32_t)(c->slot0 + i) };
+        slot[i] = c->y_rows ? (c->slot0 + i) % R : i;
     }
     double *want = op_copy(t, init, n_y), *size = op_zeros(t, n_y);
-    ref_heads(want, x, c->copy ? NULL : w, rope, slot, T, H, d, (double)EPS);
+    ref_heads(want, x, c->copy ? NULL : w, s->rope, slot, T, H, d, (double)EPS);
     double *budget = size;
     if (!c->copy) {
-        fwd_size(size, x, w, rope, slot, T, H, d);
+        fwd_size(size, x, w, s->rope, slot, T, H, d);
         budget = op_sum_budgets(t, size, n_y, d);
     }
-    struct keel_heads_params p = { .x = op_in(t, "x", x, n), .y = op_out(t, "y", init, want, budget, n_y),
-                                   .n_tokens = (uint32_t)T, .n_heads = (uint32_t)H, .head_dim = (uint32_t)d,
-                                   .y_rows = (uint32_t)R, .eps = EPS };
-    if (c->y_rows) {
-        p.spans = op_in_words(t, "spans", spans, (size_t)T * 8);
-    }
+    struct keel_heads_part part = { .x = op_in(t, "x", x, n), .y = op_out(t, "y", init, want, budget, n_y),
+                                    .n_heads = (uint32_t)H, .y_rows = (uint32_t)c->y_rows };
     if (!c->copy) {
-        p.w = op_in(t, "w", w, (size_t)d);
-        p.rope = op_in(t, "rope", rope, (size_t)T * d);
+        part.w = op_in(t, "w", w, (size_t)d);
     }
+    return part;
+}
+
+static void fwd_case(struct op_test *t, const struct heads_case *c)
+{
+    op_begin(t, "heads T=%d H=%d d=%d rows=%d slot0=%d %s", c->T, c->H, c->d, c->y_rows, c->slot0, c->copy ? "copy" : "norm+rope");
+    const struct shared s = share(t, c);
+    const struct keel_heads_params p = { .part = { add_part(t, c, &s) }, .n_parts = 1, .rope = s.rope_span,
+                                         .spans = c->y_rows ? s.spans : (struct keel_span){ 0 }, .n_tokens = (uint32_t)c->T,
+                                         .head_dim = (uint32_t)c->d, .eps = EPS };
+    op_run(t, record_fwd, &p);
+}
+
+// Queries in place, keys and values into the ring, as a block of the model does.
+static void block_case(struct op_test *t, int T, int H, int G, int d)
+{
+    const struct heads_case q = { T, H, d, 0, 3 * T, false }, k = { T, G, d, T + 5, 3 * T, false }, v = { T, G, d, T + 5, 3 * T, true };
+    op_begin(t, "heads T=%d H=%d G=%d d=%d", T, H, G, d);
+    const struct shared s = share(t, &q);
+    const struct keel_heads_params p = { .part = { add_part(t, &q, &s), add_part(t, &k, &s), add_part(t, &v, &s) }, .n_parts = 3,
+                                         .rope = s.rope_span, .spans = s.spans, .n_tokens = (uint32_t)T, .head_dim = (uint32_t)d,
+                                         .eps = EPS };
     op_run(t, record_fwd, &p);
 }
 
@@ -134,6 +166,7 @@ static void test_fwd(void **state)
             c.y_rows = 0;
             c.slot0 = 0;
             fwd_case(t, &c);
+            block_case(t, c.T, 2 * c.H, c.H, c.d);
         }
     }
     op_end(t);
@@ -159,16 +192,16 @@ static void test_slope(void **state)
     op_begin(t, "heads slope T=3 H=2 d=24");
     const double *x = op_draw(t, n, 1), *w = op_draw(t, (size_t)d, 1), *rope = draw_rope(t, T, d), *c = op_draw(t, n, 1);
     const struct keel_heads_params f = {
-        .x = op_in(t, "x", x, n), .w = op_in(t, "w", w, (size_t)d), .rope = op_in(t, "rope", rope, (size_t)T * d),
-        .y = op_out(t, "y", NULL, NULL, NULL, n), .n_tokens = (uint32_t)T, .n_heads = (uint32_t)H, .head_dim = (uint32_t)d,
-        .y_rows = (uint32_t)T, .eps = EPS,
+        .part = { { .x = op_in(t, "x", x, n), .w = op_in(t, "w", w, (size_t)d), .y = op_out(t, "y", NULL, NULL, NULL, n),
+                    .n_heads = (uint32_t)H } },
+        .n_parts = 1, .rope = op_in(t, "rope", rope, (size_t)T * d), .n_tokens = (uint32_t)T, .head_dim = (uint32_t)d, .eps = EPS,
     };
     const struct keel_heads_bwd_params b = {
-        .x = f.x, .w = f.w, .rope = f.rope, .dy = op_in(t, "c", c, n), .dx = op_out(t, "dx", NULL, NULL, NULL, n),
+        .x = f.part[0].x, .w = f.part[0].w, .rope = f.rope, .dy = op_in(t, "c", c, n), .dx = op_out(t, "dx", NULL, NULL, NULL, n),
         .n_tokens = (uint32_t)T, .n_heads = (uint32_t)H, .head_dim = (uint32_t)d, .eps = EPS,
     };
     op_run(t, record_bwd, &b);
-    op_check_slope(t, &(struct op_slope){ .name = "x", .forward = record_fwd, .params = &f, .x = f.x, .y = f.y, .x0 = x,
+    op_check_slope(t, &(struct op_slope){ .name = "x", .forward = record_fwd, .params = &f, .x = f.part[0].x, .y = f.part[0].y, .x0 = x,
                                           .grad = op_result(t, b.dx), .c = c, .n_x = n, .n_y = n, .h = 0.01, .tol = 5e-3 });
     op_end(t);
 }

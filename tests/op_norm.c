@@ -51,6 +51,42 @@ static void fwd_case(struct op_test *t, int T, int D, enum alias alias)
     op_run(t, record_fwd, &p);
 }
 
+static void record_pair(keel_recorder *rec, const void *p)
+{
+    keel_rmsnorm_pair(rec, p);
+}
+
+// The budget of z is that of a norm on the values of y plus what the error of y makes of it: relative to the root mean square of
+// y, on which the norm divides.
+static void pair_case(struct op_test *t, int T, int D, bool in_place)
+{
+    const size_t n = (size_t)T * D;
+    op_begin(t, "rmsnorm_pair T=%d D=%d %s", T, D, in_place ? "in place" : "apart");
+    const double *x = draw_rows(t, T, D), *res = op_draw(t, n, 10), *w = op_draw(t, (size_t)D, 1), *v = op_draw(t, (size_t)D, 1);
+    double *y = op_zeros(t, n), *size = op_zeros(t, n), *z = op_zeros(t, n), *z_size = op_zeros(t, n);
+    ref_rmsnorm(y, x, w, res, T, D, (double)EPS);
+    ref_rmsnorm(size, op_abs(t, x, n), op_abs(t, w, (size_t)D), op_abs(t, res, n), T, D, (double)EPS);
+    ref_rmsnorm(z, y, v, NULL, T, D, (double)EPS);
+    for (int i = 0; i < T; i++) {
+        double ss = 0;
+        for (int j = 0; j < D; j++) {
+            ss += y[(size_t)i * D + j] * y[(size_t)i * D + j];
+        }
+        const double s = 1 / sqrt(ss / D + (double)EPS);
+        for (int j = 0; j < D; j++) {
+            const size_t at = (size_t)i * D + j;
+            z_size[at] = fabs(z[at]) + s * fabs(v[j]) * size[at];
+        }
+    }
+    struct keel_rmsnorm_pair_params p = { .w = op_in(t, "w", w, (size_t)D), .v = op_in(t, "v", v, (size_t)D),
+                                          .n_rows = (uint32_t)T, .width = (uint32_t)D, .eps = EPS };
+    p.y = op_out(t, "y", in_place ? res : NULL, y, op_sum_budgets(t, size, n, D), n);
+    p.residual = in_place ? p.y : op_in(t, "residual", res, n);
+    p.z = op_out(t, "z", in_place ? x : NULL, z, op_sum_budgets(t, z_size, n, D), n);
+    p.x = in_place ? p.z : op_in(t, "x", x, n);
+    op_run(t, record_pair, &p);
+}
+
 // |s w dy| + |s³ x / D| Σ |dy w x|: the terms of ref_rmsnorm_bwd() without signs.
 static void bwd_size(double *size, const double *x, const double *w, const double *dy, int T, int D)
 {
@@ -97,6 +133,8 @@ static void test_fwd(void **state)
             for (int alias = 0; alias < N_ALIAS; alias++) {
                 fwd_case(t, rows[(i + j) % KEEL_COUNT(rows)], widths[i], (enum alias)alias);
             }
+            pair_case(t, rows[(i + j) % KEEL_COUNT(rows)], widths[i], false);
+            pair_case(t, rows[(i + j) % KEEL_COUNT(rows)], widths[i], true);
         }
     }
     op_end(t);

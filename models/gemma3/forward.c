@@ -84,33 +84,22 @@ static void heads(const struct keel_pass *p, uint32_t layer)
     const struct keel_acts *a = p->acts;
     const uint32_t kind = c->kind[layer];
     struct keel_heads_params h = {
-        .x = a->q,
-        .w = NORM(b, KEEL_T_Q_NORM),
+        .part = {{.x = a->q, .w = NORM(b, KEEL_T_Q_NORM), .y = a->qr, .n_heads = c->n_heads},
+                 {.x = a->k, .w = NORM(b, KEEL_T_K_NORM), .y = a->kr, .n_heads = c->n_kv_heads}},
+        .n_parts = 2,
         .rope = p->batch->rope[kind],
-        .y = a->qr,
+        .spans = p->batch->spans[kind],
         .n_tokens = p->batch->n_tokens,
-        .n_heads = c->n_heads,
         .head_dim = c->head_dim,
-        .y_rows = p->batch->n_tokens,
         .eps = c->eps,
     };
-    keel_heads(p->rec, &h);
-    h.x = a->k;
-    h.w = NORM(b, KEEL_T_K_NORM);
-    h.n_heads = c->n_kv_heads;
-    h.y = a->kr;
     if (p->kv) {
-        h.spans = p->batch->spans[kind];
-        h.y = p->kv->k[layer];
-        h.y_rows = p->kv->rows[kind];
+        h.part[1].y = p->kv->k[layer];
+        h.part[1].y_rows = p->kv->rows[kind];
+        h.part[h.n_parts++] = (struct keel_heads_part){
+            .x = a->v, .y = p->kv->v[layer], .n_heads = c->n_kv_heads, .y_rows = p->kv->rows[kind]};
     }
     keel_heads(p->rec, &h);
-    if (p->kv) {
-        h.x = a->v;
-        h.w = h.rope = (struct keel_span){0};
-        h.y = p->kv->v[layer];
-        keel_heads(p->rec, &h);
-    }
 }
 
 static struct keel_span rows_of(struct keel_span s, uint32_t t0, uint32_t n, uint32_t row_bytes)
@@ -167,31 +156,63 @@ void keel_pass_embed(const struct keel_pass *p)
     }
 }
 
-// y = residual + norm(x) · w: what a branch of the block adds. Hooks on it need it alone first.
-static void add_branch(const struct keel_pass *p, uint32_t layer, enum keel_site site, struct keel_span x, struct keel_span w,
-                       struct keel_span residual, struct keel_span y)
+// What a branch of the block adds: y = residual + norm(x) · w; then, unless next_w is nothing, next = norm(y) · next_w for the
+// branch after it.
+struct branch_end {
+    struct keel_span x, w, residual, y, next_w, next;
+};
+
+// Hooks on what a branch adds need it alone first.
+static void add_hooked_branch(const struct keel_pass *p, uint32_t layer, enum keel_site site, const struct branch_end *e)
 {
-    if (!keel_pass_hooked(p, site, layer)) {
-        norm(p, x, w, residual, y);
-        return;
-    }
-    const bool in_place = y.block == residual.block && y.offset == residual.offset;
-    const struct keel_span branch = in_place ? x : y; // with a y of its own x stays for the backward pass
-    norm(p, x, w, (struct keel_span){0}, branch);
+    const bool in_place = e->y.block == e->residual.block && e->y.offset == e->residual.offset;
+    const struct keel_span branch = in_place ? e->x : e->y; // with a y of its own x stays for the backward pass
+    norm(p, e->x, e->w, (struct keel_span){0}, branch);
     keel_pass_hooks(p, site, layer, branch);
-    keel_axpy(p->rec, 1.0f, in_place ? branch : residual, y, (uint64_t)p->batch->n_tokens * p->model->cfg.width);
+    keel_axpy(p->rec, 1.0f, in_place ? branch : e->residual, e->y, (uint64_t)p->batch->n_tokens * p->model->cfg.width);
+    if (e->next_w.bytes > 0) {
+        norm(p, e->y, e->next_w, (struct keel_span){0}, e->next);
+    }
 }
 
-void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y)
+static void add_branch(const struct keel_pass *p, uint32_t layer, enum keel_site site, const struct branch_end *e)
+{
+    if (keel_pass_hooked(p, site, layer)) {
+        add_hooked_branch(p, layer, site, e);
+    } else if (e->next_w.bytes > 0) {
+        keel_rmsnorm_pair(p->rec, &(struct keel_rmsnorm_pair_params){.x = e->x,
+                                                                     .w = e->w,
+                                                                     .residual = e->residual,
+                                                                     .y = e->y,
+                                                                     .v = e->next_w,
+                                                                     .z = e->next,
+                                                                     .n_rows = p->batch->n_tokens,
+                                                                     .width = p->model->cfg.width,
+                                                                     .eps = p->model->cfg.eps});
+    } else {
+        norm(p, e->x, e->w, e->residual, e->y);
+    }
+}
+
+// Whether the norm that block `layer` begins with may be taken where the block before it ends: no hook stands between.
+static bool joins_previous(const struct keel_pass *p, uint32_t layer)
+{
+    return layer > 0 && !keel_pass_hooked(p, KEEL_SITE_POST, layer - 1) && !keel_pass_hooked(p, KEEL_SITE_PRE, layer);
+}
+
+// A block; `normed`: acts->xn holds its first norm already; `next_w`: the first norm of the next block, or nothing.
+static void pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y, bool normed,
+                       struct keel_span next_w)
 {
     const struct keel_gemma3 *c = &p->model->cfg;
     const struct keel_gemma3_block *b = &p->model->w.block[layer];
     const struct keel_acts *a = p->acts;
-    const struct keel_span nothing = {0};
     if (y.bytes > 0) {
         keel_pass_hooks(p, KEEL_SITE_PRE, layer, x);
     }
-    norm(p, x, NORM(b, KEEL_T_ATTN_NORM), nothing, a->xn);
+    if (!normed) {
+        norm(p, x, NORM(b, KEEL_T_ATTN_NORM), (struct keel_span){0}, a->xn);
+    }
     project(p, layer, KEEL_ATTN_Q, a->xn, a->q);
     project(p, layer, KEEL_ATTN_K, a->xn, a->k);
     project(p, layer, KEEL_ATTN_V, a->xn, a->v);
@@ -200,22 +221,31 @@ void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span
         keel_pass_attention(p, layer, &p->batch->group[g]);
     }
     project(p, layer, KEEL_ATTN_OUTPUT, a->o, a->ao);
-    add_branch(p, layer, KEEL_SITE_ATTN, a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1);
-    norm(p, a->x1, NORM(b, KEEL_T_FFN_NORM), nothing, a->fn);
+    add_branch(p, layer, KEEL_SITE_ATTN,
+               &(struct branch_end){a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1, NORM(b, KEEL_T_FFN_NORM), a->fn});
     project(p, layer, KEEL_FFN_GATE, a->fn, a->gate);
     project(p, layer, KEEL_FFN_UP, a->fn, a->up);
     keel_geglu(p->rec, a->gate, a->up, a->act, (uint64_t)p->batch->n_tokens * c->ff_width);
     project(p, layer, KEEL_FFN_DOWN, a->act, a->down);
     if (y.bytes > 0) {
-        add_branch(p, layer, KEEL_SITE_MLP, a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y);
+        add_branch(p, layer, KEEL_SITE_MLP,
+                   &(struct branch_end){a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y, next_w, a->xn});
         keel_pass_hooks(p, KEEL_SITE_POST, layer, y);
     }
 }
 
+void keel_pass_block(const struct keel_pass *p, uint32_t layer, struct keel_span x, struct keel_span y)
+{
+    pass_block(p, layer, x, y, false, (struct keel_span){0});
+}
+
 void keel_pass_blocks(const struct keel_pass *p)
 {
-    for (uint32_t i = 0; i < p->model->cfg.n_layers; i++) {
-        keel_pass_block(p, i, p->acts->x, p->acts->x);
+    const uint32_t n = p->model->cfg.n_layers;
+    for (uint32_t i = 0; i < n; i++) {
+        const bool joins_next = i + 1 < n && joins_previous(p, i + 1);
+        pass_block(p, i, p->acts->x, p->acts->x, joins_previous(p, i),
+                   joins_next ? NORM(&p->model->w.block[i + 1], KEEL_T_ATTN_NORM) : (struct keel_span){0});
     }
 }
 

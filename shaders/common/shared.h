@@ -7,5 +7,8 @@
 #ifndef GL_core_profile
 #include <stdint.h>
 typedef uint32_t uint;
+#define STRUCT(s) struct s // a member of that type
+#else
+#define STRUCT(s) s
 #endif
 #endif

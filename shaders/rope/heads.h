@@ -2,9 +2,20 @@
 // shaders/rope/heads.h: push constants of QK-norm with rotary embedding.
 #include "common/shared.h"
 
+struct heads_part {
+    uint n_heads;
+    uint x, w;     // where its input and its norm begin in the bound buffers
+    uint y_rows;   // above 0: row slot % y_rows of the destination; 0: row t
+    uint norm;     // 0: plain copy (values)
+};
+
 struct heads_pc {
+    uint head_dim;
+    float eps;
+    STRUCT(heads_part) part[3];
+};
+
+struct heads_bwd_pc {
     uint n_heads, head_dim;
-    uint y_rows;   // rows of the destination
-    uint use_slot; // 1: row slot % y_rows of the destination, 0: row t
     float eps;
 };

@@ -7,7 +7,7 @@
 
 layout(local_size_x_id = 0) in; // 64
 
-layout(push_constant) uniform Push { heads_pc pc; };
+layout(push_constant) uniform Push { heads_bwd_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer X { float x[]; };      // [T, H, d]
 layout(set = 0, binding = 1) restrict readonly buffer W { float w[]; };      // [d]
 layout(set = 0, binding = 2) restrict readonly buffer Rope { vec2 rope[]; }; // [T, d/2] cos, sin

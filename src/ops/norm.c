@@ -19,6 +19,17 @@ void keel_rmsnorm(keel_recorder *rec, const struct keel_rmsnorm_params *p)
         .flops = 5 * n, .bytes = 4 * n * (add ? 3 : 2), .label = "rmsnorm" });
 }
 
+void keel_rmsnorm_pair(keel_recorder *rec, const struct keel_rmsnorm_pair_params *p)
+{
+    const uint64_t n = (uint64_t)p->n_rows * p->width;
+    const struct norm_pc pc = { .width = p->width, .eps = p->eps };
+    keel_record(rec, &(struct keel_dispatch){
+        .shader = &keel_sh_rmsnorm_pair, .spec = { LANES }, .n_spec = 1,
+        .bind = { READ(p->x), READ(p->w), READ(p->residual), UPDATE(p->y), READ(p->v), WRITE(p->z) }, .n_bind = 6,
+        .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
+        .flops = 10 * n, .bytes = 4 * n * 4, .label = "rmsnorm_pair" });
+}
+
 void keel_rmsnorm_bwd(keel_recorder *rec, const struct keel_rmsnorm_bwd_params *p)
 {
     const uint64_t n = (uint64_t)p->n_rows * p->width;

@@ -107,6 +107,14 @@ struct keel_rmsnorm_params {
     float eps;
 };
 void keel_rmsnorm(keel_recorder *rec, const struct keel_rmsnorm_params *p);
+// y [T, D] = residual + norm(x) · w, then z [T, D] = norm(y) · v, the norm being that of keel_rmsnorm(), in one dispatch. y may
+// be residual, z may be x.
+struct keel_rmsnorm_pair_params {
+    struct keel_span x, w, residual, y, v, z;
+    uint32_t n_rows, width;
+    float eps;
+};
+void keel_rmsnorm_pair(keel_recorder *rec, const struct keel_rmsnorm_pair_params *p);
 // dx = gradient of y with respect to x, or dx += with `add`. dx may be dy when not `add`. w is frozen: no gradient for it.
 struct keel_rmsnorm_bwd_params {
     struct keel_span x, w, dy, dx;
@@ -136,12 +144,20 @@ void keel_layernorm_bwd(keel_recorder *rec, const struct keel_layernorm_bwd_para
 
 // For each token t and head h: z = rmsnorm(x[t, h, :]) · w, then rotate pairs (i, i + d/2) by the angle whose cosine and sine
 // stand in rope [T, d/2, 2] (Su et al. 2021, "rotate half" as in GPT-NeoX and Gemma), and store at row slot(t) of y.
-//   x [T, H, d]; w [d]; y [rows, H, d] with slot(t) = span_of[t].slot % y_rows, or t itself when spans is nothing.
+//   x [T, H, d]; w [d]; y [rows, H, d] with slot(t) = spans[t].slot % y_rows, or t itself when y_rows is 0.
 //   w nothing: no norm and no rotation, a copy into the cache (for values).
-struct keel_heads_params {
-    struct keel_span x, w, rope, spans, y;
-    uint32_t n_tokens, n_heads, head_dim;
+// Parts (queries, keys, values) go together, in one dispatch where their inputs lie in one block of memory.
+#define KEEL_MAX_HEADS_PARTS 3
+struct keel_heads_part {
+    struct keel_span x, w, y;
+    uint32_t n_heads;
     uint32_t y_rows;
+};
+struct keel_heads_params {
+    struct keel_heads_part part[KEEL_MAX_HEADS_PARTS];
+    uint32_t n_parts;
+    struct keel_span rope, spans; // spans may be nothing where no part has y_rows
+    uint32_t n_tokens, head_dim;
     float eps;
 };
 void keel_heads(keel_recorder *rec, const struct keel_heads_params *p);

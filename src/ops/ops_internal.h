@@ -30,6 +30,15 @@ static inline uint32_t units_per_dispatch(const keel_recorder *rec, uint32_t tot
     return (uint32_t)KEEL_MIN(KEEL_MAX(n, (uint64_t)step), (uint64_t)total);
 }
 
+// Makes `all` reach over `s` too; what lies between belongs to it as well. Nothing joins anything. False, and no change, if no
+// single binding can hold both.
+bool span_join(const keel_recorder *rec, struct keel_span *all, struct keel_span s);
+// Where `s` begins in `all`, in 32-bit words.
+static inline uint32_t span_words(struct keel_span all, struct keel_span s)
+{
+    return (uint32_t)((s.offset - all.offset) / 4);
+}
+
 // A grid of `n` workgroups folded into two dimensions, for shaders that take x + y · gl_NumWorkGroups.x and check the end.
 static inline void fold_groups(const keel_recorder *rec, uint64_t n, uint32_t groups[3])
 {

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT
+// rmsnorm_pair: y = residual + norm(x) · w, then z = norm(y) · v: what a branch adds to the residual stream, and the input of the
+// branch after it. One row a workgroup; a lane reads back only what it wrote itself.
+#version 450
+#extension GL_EXT_control_flow_attributes : require
+#extension GL_GOOGLE_include_directive : require
+#include "norm/norm.h"
+
+layout(local_size_x_id = 0) in; // 64
+
+layout(push_constant) uniform Push { norm_pc pc; };
+layout(set = 0, binding = 0) readonly buffer X { float x[]; };                 // [T, D]
+layout(set = 0, binding = 1) restrict readonly buffer W { float w[]; };        // [D]
+layout(set = 0, binding = 2) readonly buffer Residual { float residual[]; };   // [T, D], may be y
+layout(set = 0, binding = 3) buffer Y { float y[]; };                          // [T, D]
+layout(set = 0, binding = 4) restrict readonly buffer V { float v[]; };        // [D]
+layout(set = 0, binding = 5) writeonly buffer Z { float z[]; };                // [T, D], may be x
+
+#include "common/reduce.glsl"
+
+void main()
+{
+    const uint row = (gl_WorkGroupID.x + gl_WorkGroupID.y * gl_NumWorkGroups.x) * pc.width;
+    float sum = 0.0;
+    for (uint i = gl_LocalInvocationID.x; i < pc.width; i += 64u) {
+        sum += x[row + i] * x[row + i];
+    }
+    const float r = 1.0 / sqrt(reduce_sum(sum, false) / float(pc.width) + pc.eps);
+    sum = 0.0;
+    for (uint i = gl_LocalInvocationID.x; i < pc.width; i += 64u) {
+        const float b = residual[row + i] + x[row + i] * r * w[i];
+        y[row + i] = b;
+        sum += b * b;
+    }
+    const float r2 = 1.0 / sqrt(reduce_sum(sum, true) / float(pc.width) + pc.eps);
+    for (uint i = gl_LocalInvocationID.x; i < pc.width; i += 64u) {
+        z[row + i] = y[row + i] * r2 * v[i];
+    }
+}
