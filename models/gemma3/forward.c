@@ -50,18 +50,57 @@ void keel_lora_layout(struct keel_layout *l, struct keel_acts *a, uint32_t cap, 
 
 // --- parts ---------------------------------------------------------------------------------------
 
-// y = W x plus what every active adapter adds. The one place where a projection is computed.
-static void project(const struct keel_pass *p, uint32_t layer, enum keel_proj proj, struct keel_span x, struct keel_span y)
+// What adapter `i` adds to projection `proj`, or NULL.
+static const struct keel_lora *pair_of(const struct keel_pass *p, uint32_t i, uint32_t layer, uint32_t proj)
 {
-    const uint32_t n = p->batch->n_tokens;
-    keel_linear(p->rec, &(struct keel_linear_params){
-                            .w = &p->model->w.block[layer].proj[proj], .x = x, .y = y, .n_tokens = n});
-    for (uint32_t i = 0; i < p->n_adapters; i++) {
-        const struct keel_lora *pair = &p->adapters[i]->pair[(size_t)layer * KEEL_N_PROJ + proj];
-        if (pair->rank > 0) {
-            keel_lora_down(p->rec, pair, x, p->acts->h[proj], n);
-            keel_lora_up(p->rec, pair, p->acts->h[proj], y, n);
+    const struct keel_lora *pair = i < p->n_adapters ? &p->adapters[i]->pair[(size_t)layer * KEEL_N_PROJ + proj] : NULL;
+    return pair && pair->rank > 0 ? pair : NULL;
+}
+
+// h = A x of one adapter for the projections from `first` on.
+static void project_down(const struct keel_pass *p, uint32_t i, uint32_t layer, enum keel_proj first, uint32_t n, struct keel_span x)
+{
+    const struct keel_lora *pair[KEEL_MAX_LINEAR_PARTS];
+    struct keel_span h[KEEL_MAX_LINEAR_PARTS];
+    uint32_t m = 0;
+    for (uint32_t j = 0; j < n; j++) {
+        const struct keel_lora *l = pair_of(p, i, layer, first + j);
+        if (l) {
+            pair[m] = l;
+            h[m++] = p->acts->h[first + j];
         }
+    }
+    if (m > 0) {
+        keel_lora_down_group(p->rec, pair, m, x, h, p->batch->n_tokens);
+    }
+}
+
+// y[j] = W x plus what every active adapter adds, for the `n` projections from `first` on. The one place where projections are
+// computed. With `glu` they are gate and up, and y[0] = gelu(gate) · up.
+static void project(const struct keel_pass *p, uint32_t layer, enum keel_proj first, uint32_t n, struct keel_span x,
+                    const struct keel_span *y, bool glu)
+{
+    const bool stacked = p->n_adapters > 1; // all but the first adapter are added apart, before gelu
+    struct keel_linear_group_params g = {.n_parts = n, .x = x, .n_tokens = p->batch->n_tokens, .glu = glu && !stacked};
+    for (uint32_t j = 0; j < n; j++) {
+        g.part[j] = (struct keel_linear_part){.w = &p->model->w.block[layer].proj[first + j],
+                                              .y = y[j],
+                                              .lora = pair_of(p, 0, layer, first + j),
+                                              .h = p->acts->h[first + j]};
+    }
+    project_down(p, 0, layer, first, n, x);
+    keel_linear_group(p->rec, &g);
+    for (uint32_t i = 1; i < p->n_adapters; i++) {
+        project_down(p, i, layer, first, n, x);
+        for (uint32_t j = 0; j < n; j++) {
+            const struct keel_lora *pair = pair_of(p, i, layer, first + j);
+            if (pair) {
+                keel_lora_up(p->rec, pair, p->acts->h[first + j], y[j], p->batch->n_tokens);
+            }
+        }
+    }
+    if (glu && stacked) {
+        keel_geglu(p->rec, y[0], y[1], y[0], (uint64_t)p->batch->n_tokens * p->model->cfg.ff_width);
     }
 }
 
@@ -213,20 +252,20 @@ static void pass_block(const struct keel_pass *p, uint32_t layer, struct keel_sp
     if (!normed) {
         norm(p, x, NORM(b, KEEL_T_ATTN_NORM), (struct keel_span){0}, a->xn);
     }
-    project(p, layer, KEEL_ATTN_Q, a->xn, a->q);
-    project(p, layer, KEEL_ATTN_K, a->xn, a->k);
-    project(p, layer, KEEL_ATTN_V, a->xn, a->v);
+    project(p, layer, KEEL_ATTN_Q, 3, a->xn, (struct keel_span[]){a->q, a->k, a->v}, false);
     heads(p, layer);
     for (uint32_t g = 0; g < p->batch->n_groups; g++) {
         keel_pass_attention(p, layer, &p->batch->group[g]);
     }
-    project(p, layer, KEEL_ATTN_OUTPUT, a->o, a->ao);
+    project(p, layer, KEEL_ATTN_OUTPUT, 1, a->o, &a->ao, false);
     add_branch(p, layer, KEEL_SITE_ATTN,
                &(struct branch_end){a->ao, NORM(b, KEEL_T_POST_ATTN_NORM), x, a->x1, NORM(b, KEEL_T_FFN_NORM), a->fn});
-    project(p, layer, KEEL_FFN_GATE, a->fn, a->gate);
-    project(p, layer, KEEL_FFN_UP, a->fn, a->up);
-    keel_geglu(p->rec, a->gate, a->up, a->act, (uint64_t)p->batch->n_tokens * c->ff_width);
-    project(p, layer, KEEL_FFN_DOWN, a->act, a->down);
+    const bool in_place = a->act.block == a->gate.block && a->act.offset == a->gate.offset; // else the backward pass needs gate and up
+    project(p, layer, KEEL_FFN_GATE, 2, a->fn, (struct keel_span[]){a->gate, a->up}, in_place);
+    if (!in_place) {
+        keel_geglu(p->rec, a->gate, a->up, a->act, (uint64_t)p->batch->n_tokens * c->ff_width);
+    }
+    project(p, layer, KEEL_FFN_DOWN, 1, a->act, &a->down, false);
     if (y.bytes > 0) {
         add_branch(p, layer, KEEL_SITE_MLP,
                    &(struct branch_end){a->down, NORM(b, KEEL_T_POST_FFW_NORM), a->x1, y, next_w, a->xn});

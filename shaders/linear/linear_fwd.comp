@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // linear_fwd: y [T, N] = x [T, K] Wᵀ. Lane = row of W, so that weights are read once, in order, and x is the same address for
-// all lanes; no lane needs another unless K is cut into slices.
+// all lanes; no lane needs another unless K is cut into slices. Up to three matrices that share x (PARTS); with LORA each gets
+// scale · h Bᵀ added; with GLU the two are gate and up, and y = gelu(gate) · up.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
@@ -14,31 +15,48 @@ layout(constant_id = 1) const uint TILES = 1;  // tiles of rows a lane works on
 layout(constant_id = 2) const uint TOKENS = 1; // tokens a lane works on
 layout(constant_id = 3) const uint SLICES = 1; // parts of K, summed through shared memory
 layout(constant_id = 4) const bool TAIL = false; // K is no multiple of 32
+layout(constant_id = 5) const uint PARTS = 1;
+layout(constant_id = 6) const bool GLU = false; // of the tiles of a lane, the even ones are gate's, the odd ones up's
+layout(constant_id = 7) const bool LORA = false;
 
-layout(push_constant) uniform Push { linear_pc pc; };
+layout(push_constant) uniform Push { linear_fwd_pc pc; };
 #ifdef EXCHANGE
 layout(set = 0, binding = 1) uniform samplerBuffer x4;                  // [T, K / 4] of vec4; K is a multiple of 4
 #else
 layout(set = 0, binding = 1) restrict readonly buffer X { float x[]; }; // [T, K]
 #endif
-layout(set = 0, binding = 2) restrict buffer Y { float y[]; };          // [T, N]
+layout(set = 0, binding = 2) buffer Y { float y[]; };                   // [T, N] of each part
+layout(set = 0, binding = 3) readonly buffer H { float h[]; };          // [T, r] of each part
+layout(set = 0, binding = 4) readonly buffer B { float b[]; };          // [N, r] of each part
 
 #include "common/quant.glsl"
+#include "ewise/gelu.glsl"
 
-shared float part[SLICES > 1 ? (SLICES - 1) * 64 * TILES * TOKENS : 1];
+shared float sums[SLICES > 1 ? (SLICES - 1) * 64 * TILES * TOKENS : 1];
+
+#define PART(p, field) \
+    (PARTS == 1u || (p) == 0u ? pc.part[0].field : PARTS == 2u || (p) == 1u ? pc.part[1].field : pc.part[2].field)
+
+uint part_of(uint tile)
+{
+    return PARTS == 1u || tile < pc.part[1].tile ? 0u : PARTS == 2u || tile < pc.part[2].tile ? 1u : 2u;
+}
 
 void main()
 {
     const uint r = SLICES == 1 ? gl_LocalInvocationID.x : gl_LocalInvocationID.x % 64u;
     const uint slice = SLICES == 1 ? 0u : gl_LocalInvocationID.x / 64u;
-    const uint tile = gl_WorkGroupID.x * TILES;
+    const uint tile = gl_WorkGroupID.x * (GLU ? TILES / 2u : TILES); // first of this workgroup within the dispatch
     const uint t0 = pc.t0 + gl_WorkGroupID.y * TOKENS;
     const uint words = tile_words(pc.kb);
     const uint last_tile = pc.tiles - 1u;
 
-    uint base[TILES];
+    uint base[TILES], part[TILES], n[TILES]; // n: row within its part
     [[unroll]] for (uint a = 0; a < TILES; a++) {
-        base[a] = (pc.tile0 + min(tile + a, last_tile)) * words;
+        const uint at = pc.tile0 + min(tile + (GLU ? a / 2u : a), last_tile);
+        part[a] = GLU ? a & 1u : part_of(at);
+        base[a] = PART(part[a], w) + (at - PART(part[a], tile)) * words;
+        n[a] = (at - PART(part[a], tile)) * 64u + r;
     }
     uint row[TOKENS];
     [[unroll]] for (uint t = 0; t < TOKENS; t++) {
@@ -102,26 +120,47 @@ void main()
     if (SLICES > 1) {
         if (slice > 0) {
             [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {
-                part[((slice - 1u) * TILES * TOKENS + i) * 64u + r] = acc[i];
+                sums[((slice - 1u) * TILES * TOKENS + i) * 64u + r] = acc[i];
             }
         }
         barrier();
         if (slice == 0) {
             for (uint o = 0; o < SLICES - 1u; o++) {
                 [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {
-                    acc[i] += part[(o * TILES * TOKENS + i) * 64u + r];
+                    acc[i] += sums[(o * TILES * TOKENS + i) * 64u + r];
                 }
             }
         }
     }
-    if (slice == 0) {
+    if (LORA && slice == 0) {
         [[unroll]] for (uint a = 0; a < TILES; a++) {
-            const uint n = (pc.tile0 + tile + a) * 64u + r;
-            if (tile + a < pc.tiles && n < pc.n) {
+            const uint b_row = PART(part[a], b) + min(n[a], PART(part[a], n) - 1u) * pc.rank;
+            const uint h_row = PART(part[a], h);
+            float low[TOKENS];
+            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+                low[t] = 0.0;
+            }
+            for (uint c = 0; c < pc.rank; c++) {
+                const float bv = b[b_row + c];
+                [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+                    low[t] += h[h_row + min(t0 + t, pc.n_tokens - 1u) * pc.rank + c] * bv;
+                }
+            }
+            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+                acc[a * TOKENS + t] += PART(part[a], scale) * low[t];
+            }
+        }
+    }
+    if (slice == 0) {
+        [[unroll]] for (uint a = 0; a < TILES; a += GLU ? 2u : 1u) {
+            const uint rows = PART(part[a], n);
+            if (tile + (GLU ? a / 2u : a) < pc.tiles && n[a] < rows) {
                 [[unroll]] for (uint t = 0; t < TOKENS; t++) {
                     if (t0 + t < pc.n_tokens) {
-                        const uint at = (t0 + t) * pc.n_total + pc.row0 + n;
-                        y[at] = pc.add != 0u ? y[at] + acc[a * TOKENS + t] : acc[a * TOKENS + t];
+                        const uint at = PART(part[a], y) + (t0 + t) * (PARTS == 1u ? pc.n_total : rows) + pc.row0 + n[a];
+                        const float v = GLU ? gelu(acc[a * TOKENS + t]) * acc[min(a + 1u, TILES - 1u) * TOKENS + t]
+                                            : acc[a * TOKENS + t];
+                        y[at] = pc.add != 0u ? y[at] + v : v;
                     }
                 }
             }

@@ -10,4 +10,5 @@ struct lora_pc {
     uint s_rank;   // stride of m along the rank
     uint n_tokens;
     float scale;
+    uint m_at[3], h_at[3]; // lora_reduce: where M and h of each workgroup in z begin
 };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// lora_reduce: h [T, r] = scale · x [T, wide] M. The wide side is summed by SLICES lanes a token.
+// lora_reduce: h [T, r] = scale · x [T, wide] M, for up to three M. The wide side is summed by SLICES lanes a token.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
@@ -25,6 +25,7 @@ void main()
     const uint slice = SLICES == 1 ? 0u : lane / tokens;
     const uint t = gl_WorkGroupID.x * tokens + lane % tokens;
     const uint c0 = gl_WorkGroupID.y * COLS;
+    const uint m_at = pc.m_at[gl_WorkGroupID.z], h_at = pc.h_at[gl_WorkGroupID.z];
     const uint row = min(t, pc.n_tokens - 1u) * pc.wide;
 
     float acc[COLS];
@@ -35,12 +36,12 @@ void main()
         const float xv = x(row + k);
         EIGHT(mv, 1);
         if (SLICES <= 8) {
-            FILL_EIGHT(mv, 0u, I, m(k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
+            FILL_EIGHT(mv, 0u, I, m(m_at + k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
 #define MAC(i) acc[i] += xv * PICK_EIGHT(mv, 0u, i);
             EACH_EIGHT(MAC)
         } else {
             [[unroll]] for (uint i = 0; i < COLS; i++) {
-                acc[i] += xv * m(k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank);
+                acc[i] += xv * m(m_at + k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank);
             }
         }
     }
@@ -57,13 +58,13 @@ void main()
                 sum += part[(i * tokens + o / COLS) * COLS + o % COLS];
             }
             if (tt < pc.n_tokens && c < pc.rank) {
-                h[tt * pc.rank + c] = pc.scale * sum;
+                h[h_at + tt * pc.rank + c] = pc.scale * sum;
             }
         }
     } else if (t < pc.n_tokens) {
         [[unroll]] for (uint i = 0; i < COLS; i++) {
             if (c0 + i < pc.rank) {
-                h[t * pc.rank + c0 + i] = pc.scale * acc[i];
+                h[h_at + t * pc.rank + c0 + i] = pc.scale * acc[i];
             }
         }
     }

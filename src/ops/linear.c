@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-static_assert(sizeof(struct linear_pc) == 40, "shaders/linear/linear.h");
+static_assert(sizeof(struct linear_pc) == 40 && sizeof(struct linear_fwd_pc) == 124, "shaders/linear/linear.h");
 
 struct type_shaders {
     enum keel_dtype type;
@@ -48,10 +48,12 @@ struct tiling {
 };
 #define MANY_LANES 65536u // enough for the largest GPU: 132 multiprocessors × 512 lanes
 
-static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t n_tokens, uint32_t n_tiles, uint32_t kb)
+// least: tiles that a lane works on at least.
+static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t n_tokens, uint32_t n_tiles, uint32_t least,
+                               uint32_t kb)
 {
     const bool gpu = strcmp(caps->kind, "cpu") != 0;
-    struct tiling t = { n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, 1, 1 };
+    struct tiling t = { n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, least, 1 };
     const uint32_t most = exchange ? 4 : 2;
     const uint32_t lanes = n_tiles * LANES * keel_div_up(n_tokens, t.tokens);
     while (t.tiles < most && n_tiles >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
@@ -64,41 +66,151 @@ static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint
     return t;
 }
 
+// A forward product over one shard, or over matrices that lie together.
+struct product {
+    const struct keel_matrix *w; // of the first part: type and columns
+    struct keel_span weights, x, y, h, b;
+    struct linear_fwd_pc pc; // all but which tiles and tokens
+    uint32_t n_parts, tiles; // tiles: of all parts, or of gate
+    bool glu, lora;
+};
+
+static void record_product(keel_recorder *rec, const struct product *p)
+{
+    const struct type_shaders *sh = shaders_of(p->w->type);
+    const uint32_t n_tokens = p->pc.n_tokens, k = p->w->cols, pair = p->glu ? 2 : 1;
+    const enum keel_family family = n_tokens < KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
+    const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
+    const struct tiling tiling = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, n_tokens, p->tiles * pair, pair,
+                                           keel_div_up(k, 32));
+    const uint32_t groups_t = keel_div_up(n_tokens, tiling.tokens), units = tiling.tiles / pair;
+    const uint64_t token_flops = UINT64_C(128) * pair * (k + (p->lora ? p->pc.rank : 0)); // of one tile
+    const uint32_t step = units_per_dispatch(rec, p->tiles, token_flops * n_tokens, units);
+    // One tile may still be too much for long batches: then the tokens are split as well.
+    const uint32_t step_t = units_per_dispatch(rec, groups_t, token_flops * tiling.tokens * step, 1);
+    struct linear_fwd_pc pc = p->pc;
+    for (uint32_t tile = 0; tile < p->tiles; tile += step) {
+        for (uint32_t g = 0; g < groups_t; g += step_t) {
+            const uint32_t n = KEEL_MIN(step, p->tiles - tile), ng = KEEL_MIN(step_t, groups_t - g);
+            pc.tile0 = tile;
+            pc.tiles = n;
+            pc.t0 = g * tiling.tokens;
+            // Without LoRA its bindings still need a buffer: x, which is not read through them.
+            keel_record(rec, &(struct keel_dispatch){
+                .shader = sh->fwd[exchange],
+                .spec = { LANES * tiling.slices, tiling.tiles, tiling.tokens, tiling.slices, k % 32 != 0, p->n_parts, p->glu, p->lora },
+                .n_spec = 8,
+                .bind = { READ(p->weights), READ(p->x), UPDATE(p->y), READ(p->lora ? p->h : p->x), READ(p->lora ? p->b : p->x) },
+                .n_bind = 5, .push = &pc, .push_bytes = sizeof pc,
+                .groups = { keel_div_up(n, units), ng, 1 },
+                .flops = token_flops * n_tokens * n * ng / groups_t,
+                .bytes = row_bytes(p->w) * 64 * n * pair + 4ull * ng * tiling.tokens * (k + 64ull * n),
+                .label = sh->fwd_label });
+        }
+    }
+}
+
+static struct linear_fwd_pc fwd_pc(const struct keel_matrix *w, uint32_t n_tokens, bool add)
+{
+    return (struct linear_fwd_pc){ .k = w->cols, .kb = keel_div_up(w->cols, 32), .n_total = w->rows, .n_tokens = n_tokens, .add = add };
+}
+
 void keel_linear(keel_recorder *rec, const struct keel_linear_params *p)
 {
-    const struct keel_matrix *w = p->w;
-    const struct type_shaders *sh = shaders_of(w->type);
-    const struct keel_caps *caps = keel_device_caps(keel_recorder_device(rec));
-    const enum keel_family family = p->n_tokens < KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
-    const bool exchange = use_exchange(rec, family) && w->cols % 4 == 0; // x is read as texels of four numbers
-    for (uint32_t i = 0; i < w->n_shards; i++) {
-        const struct keel_shard *s = &w->shard[i];
-        const uint32_t tiles = keel_div_up(s->rows, 64);
-        const struct tiling tiling = tiling_of(caps, exchange, p->n_tokens, tiles, keel_div_up(w->cols, 32));
-        const uint32_t tokens = tiling.tokens, tiles_lane = tiling.tiles;
-        const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
-        const uint64_t tile_flops = UINT64_C(128) * w->cols * p->n_tokens;
-        const uint32_t step = units_per_dispatch(rec, tiles, tile_flops, tiles_lane);
-        // One tile may still be too much for long batches: then the tokens are split as well.
-        const uint32_t step_t = units_per_dispatch(rec, groups_t, UINT64_C(128) * w->cols * tokens * step, 1);
-        for (uint32_t tile = 0; tile < tiles; tile += step) {
-            for (uint32_t g = 0; g < groups_t; g += step_t) {
-                const uint32_t n = KEEL_MIN(step, tiles - tile), ng = KEEL_MIN(step_t, groups_t - g);
-                const struct linear_pc pc = {
-                    .k = w->cols, .kb = keel_div_up(w->cols, 32), .n = s->rows, .n_total = w->rows, .row0 = s->row0,
-                    .tile0 = tile, .tiles = n, .t0 = g * tokens, .n_tokens = p->n_tokens, .add = p->add,
-                };
-                keel_record(rec, &(struct keel_dispatch){
-                    .shader = sh->fwd[exchange],
-                    .spec = { LANES * tiling.slices, tiles_lane, tokens, tiling.slices, w->cols % 32 != 0 }, .n_spec = 5,
-                    .bind = { READ(s->span), READ(p->x), UPDATE(p->y) }, .n_bind = 3,
-                    .push = &pc, .push_bytes = sizeof pc,
-                    .groups = { keel_div_up(n, tiles_lane), ng, 1 },
-                    .flops = tile_flops * n * ng / groups_t,
-                    .bytes = row_bytes(w) * 64 * n + 4ull * ng * tokens * (w->cols + 64ull * n),
-                    .label = sh->fwd_label });
-            }
+    for (uint32_t i = 0; i < p->w->n_shards; i++) {
+        const struct keel_shard *s = &p->w->shard[i];
+        struct product one = { .w = p->w, .weights = s->span, .x = p->x, .y = p->y, .n_parts = 1,
+                               .pc = fwd_pc(p->w, p->n_tokens, p->add), .tiles = keel_div_up(s->rows, 64) };
+        one.pc.row0 = s->row0;
+        one.pc.part[0].n = s->rows;
+        record_product(rec, &one);
+    }
+}
+
+// The parts as one product. False if a single dispatch cannot hold them.
+static bool join_parts(const keel_recorder *rec, const struct keel_linear_part *part, uint32_t n, const struct product *base,
+                       struct product *out)
+{
+    const struct keel_matrix *w = part[0].w;
+    *out = *base;
+    out->w = w;
+    out->n_parts = n;
+    out->pc.n_total = w->rows;
+    out->lora = part[0].lora != NULL;
+    out->pc.rank = out->lora ? part[0].lora->rank : 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct keel_lora *l = part[i].lora;
+        if (part[i].w->type != w->type || part[i].w->n_shards != 1 || out->lora != (l != NULL) || (l && l->rank != out->pc.rank) ||
+            !span_join(rec, &out->weights, part[i].w->shard[0].span) || !span_join(rec, &out->y, part[i].y) ||
+            (l && (!span_join(rec, &out->h, part[i].h) || !span_join(rec, &out->b, l->b)))) {
+            return false;
         }
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        const struct keel_linear_part *p = &part[i];
+        out->pc.part[i] = (struct linear_part){
+            .w = span_words(out->weights, p->w->shard[0].span), .tile = out->glu ? 0 : out->tiles, .n = p->w->rows,
+            .y = span_words(out->y, p->y) };
+        if (p->lora) {
+            out->pc.part[i].h = span_words(out->h, p->h);
+            out->pc.part[i].b = span_words(out->b, p->lora->b);
+            out->pc.part[i].scale = p->lora->scale;
+        }
+        out->tiles = out->glu && i > 0 ? out->tiles : out->tiles + keel_div_up(p->w->rows, 64);
+    }
+    return true;
+}
+
+// A product whose matrix or adapter takes more than one dispatch.
+static void record_apart(keel_recorder *rec, const struct keel_linear_part *part, struct keel_span x, uint32_t n_tokens)
+{
+    keel_linear(rec, &(struct keel_linear_params){ .w = part->w, .x = x, .y = part->y, .n_tokens = n_tokens });
+    if (part->lora) {
+        keel_lora_up(rec, part->lora, part->h, part->y, n_tokens);
+    }
+}
+
+// For a few tokens a dispatch costs more than what is in it; for many, the LoRA product's own shader reads B once for more of them.
+static bool lora_in_product(const struct keel_linear_group_params *p)
+{
+    return p->n_tokens < KEEL_MATMUL_TOKENS;
+}
+
+void keel_linear_group(keel_recorder *rec, const struct keel_linear_group_params *p)
+{
+    struct keel_linear_part part[KEEL_MAX_LINEAR_PARTS];
+    struct product base = { .x = p->x, .pc = fwd_pc(p->part[0].w, p->n_tokens, false), .glu = p->glu }, joined;
+    const bool fuse_lora = lora_in_product(p);
+    bool any_lora = false;
+    for (uint32_t i = 0; i < p->n_parts; i++) {
+        part[i] = p->part[i];
+        any_lora = any_lora || part[i].lora;
+        part[i].lora = fuse_lora ? part[i].lora : NULL;
+    }
+    if (p->glu && (fuse_lora || !any_lora) && join_parts(rec, part, 2, &base, &joined)) {
+        record_product(rec, &joined);
+        return;
+    }
+    base.glu = false;
+    for (uint32_t i = 0, n; i < p->n_parts; i += n) {
+        n = p->n_parts - i;
+        while (n > 0 && !join_parts(rec, part + i, n, &base, &joined)) {
+            n--;
+        }
+        if (n > 0) {
+            record_product(rec, &joined);
+        } else {
+            record_apart(rec, &part[i], p->x, p->n_tokens);
+            n = 1;
+        }
+    }
+    for (uint32_t i = 0; i < p->n_parts && !fuse_lora; i++) {
+        if (p->part[i].lora) {
+            keel_lora_up(rec, p->part[i].lora, p->part[i].h, p->part[i].y, p->n_tokens);
+        }
+    }
+    if (p->glu) {
+        keel_geglu(rec, p->part[0].y, p->part[1].y, p->part[0].y, (uint64_t)p->n_tokens * p->part[0].w->rows);
     }
 }
 

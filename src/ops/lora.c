@@ -5,7 +5,7 @@
 
 #include "lora/lora.h"
 
-static_assert(sizeof(struct lora_pc) == 24, "shaders/lora/lora.h");
+static_assert(sizeof(struct lora_pc) == 48, "shaders/lora/lora.h");
 
 static struct lora_pc pc_a(const struct keel_lora *l, uint32_t n_tokens, float scale)
 {
@@ -22,16 +22,17 @@ static uint64_t cost_bytes(const struct lora_pc *pc)
     return 4ull * ((uint64_t)pc->n_tokens * (pc->wide + pc->rank) + (uint64_t)pc->wide * pc->rank);
 }
 
-static void reduce(keel_recorder *rec, const struct lora_pc *pc, struct keel_span x, struct keel_span m, struct keel_span h,
-                   const char *label)
+// For `n` matrices, whose places in m and h stand in pc.
+static void reduce(keel_recorder *rec, const struct lora_pc *pc, uint32_t n, struct keel_span x, struct keel_span m,
+                   struct keel_span h, const char *label)
 {
     // Lanes a token: all 64 for a few tokens, one each for many.
     const uint32_t slices = pc->n_tokens >= 64 ? 1 : pc->n_tokens >= 8 ? 8 : 64;
     keel_record(rec, &(struct keel_dispatch){
         .shader = PICK(rec, LORA, lora_reduce), .spec = { LANES, slices }, .n_spec = 2,
-        .bind = { READ(x), READ(m), WRITE(h) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
-        .groups = { keel_div_up(pc->n_tokens, LANES / slices), keel_div_up(pc->rank, 8), 1 },
-        .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
+        .bind = { READ(x), READ(m), UPDATE(h) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
+        .groups = { keel_div_up(pc->n_tokens, LANES / slices), keel_div_up(pc->rank, 8), n },
+        .flops = 2ull * n * pc->n_tokens * pc->wide * pc->rank, .bytes = n * cost_bytes(pc), .label = label });
 }
 
 static void expand(keel_recorder *rec, const struct lora_pc *pc, struct keel_span h, struct keel_span m, struct keel_span y,
@@ -58,7 +59,29 @@ static void outer(keel_recorder *rec, const struct lora_pc *pc, struct keel_span
 void keel_lora_down(keel_recorder *rec, const struct keel_lora *l, struct keel_span x, struct keel_span h, uint32_t n_tokens)
 {
     const struct lora_pc pc = pc_a(l, n_tokens, 1.0f);
-    reduce(rec, &pc, x, l->a, h, "lora_down");
+    reduce(rec, &pc, 1, x, l->a, h, "lora_down");
+}
+
+void keel_lora_down_group(keel_recorder *rec, const struct keel_lora *const *l, uint32_t n, struct keel_span x,
+                          const struct keel_span *h, uint32_t n_tokens)
+{
+    struct keel_span all_a = { 0 }, all_h = { 0 };
+    bool joined = n <= KEEL_MAX_LINEAR_PARTS;
+    for (uint32_t i = 0; i < n && joined; i++) {
+        joined = l[i]->rank == l[0]->rank && span_join(rec, &all_a, l[i]->a) && span_join(rec, &all_h, h[i]);
+    }
+    if (!joined) {
+        for (uint32_t i = 0; i < n; i++) {
+            keel_lora_down(rec, l[i], x, h[i], n_tokens);
+        }
+        return;
+    }
+    struct lora_pc pc = pc_a(l[0], n_tokens, 1.0f);
+    for (uint32_t i = 0; i < n; i++) {
+        pc.m_at[i] = span_words(all_a, l[i]->a);
+        pc.h_at[i] = span_words(all_h, h[i]);
+    }
+    reduce(rec, &pc, n, x, all_a, all_h, "lora_down");
 }
 
 void keel_lora_up(keel_recorder *rec, const struct keel_lora *l, struct keel_span h, struct keel_span y, uint32_t n_tokens)
@@ -70,7 +93,7 @@ void keel_lora_up(keel_recorder *rec, const struct keel_lora *l, struct keel_spa
 void keel_lora_bwd_h(keel_recorder *rec, const struct keel_lora *l, struct keel_span dy, struct keel_span dh, uint32_t n_tokens)
 {
     const struct lora_pc pc = pc_b(l, n_tokens, l->scale);
-    reduce(rec, &pc, dy, l->b, dh, "lora_bwd_h");
+    reduce(rec, &pc, 1, dy, l->b, dh, "lora_bwd_h");
 }
 
 void keel_lora_bwd_x(keel_recorder *rec, const struct keel_lora *l, struct keel_span dh, struct keel_span dx, uint32_t n_tokens)

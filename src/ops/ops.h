@@ -56,6 +56,26 @@ struct keel_linear_params {
 };
 void keel_linear(keel_recorder *rec, const struct keel_linear_params *p);
 
+// Up to three products that share x, each with what an adapter adds (lora NULL: none): y = x · Wᵀ + scale · h · bᵀ with
+// h [T, r] = x · aᵀ as keel_lora_down() gives it. With `glu` there are two, and y of the first becomes gelu_tanh(gate) · up; the y of
+// the second is scratch. Matrices of one type that lie in one block of memory, with y, h and b that do, take one dispatch.
+#define KEEL_MAX_LINEAR_PARTS 3
+struct keel_lora;
+struct keel_linear_part {
+    const struct keel_matrix *w;
+    struct keel_span y;
+    const struct keel_lora *lora;
+    struct keel_span h;
+};
+struct keel_linear_group_params {
+    struct keel_linear_part part[KEEL_MAX_LINEAR_PARTS];
+    uint32_t n_parts;
+    struct keel_span x;
+    uint32_t n_tokens;
+    bool glu;
+};
+void keel_linear_group(keel_recorder *rec, const struct keel_linear_group_params *p);
+
 // dx [T, K] = dy [T, N] · W, or dx += with `add`. Sums over N in a fixed order. x: dy, y: dx of the struct above.
 struct keel_linear_bwd_params {
     const struct keel_matrix *w;
@@ -84,6 +104,9 @@ struct keel_lora {
 };
 // h [T, r] = x [T, K] · aᵀ
 void keel_lora_down(keel_recorder *rec, const struct keel_lora *l, struct keel_span x, struct keel_span h, uint32_t n_tokens);
+// The same for adapters that share x, in one dispatch where their ranks are equal and the a and the h each lie in one block.
+void keel_lora_down_group(keel_recorder *rec, const struct keel_lora *const *l, uint32_t n, struct keel_span x,
+                          const struct keel_span *h, uint32_t n_tokens);
 // y [T, N] += scale · h · bᵀ
 void keel_lora_up(keel_recorder *rec, const struct keel_lora *l, struct keel_span h, struct keel_span y, uint32_t n_tokens);
 // dh [T, r] = scale · dy [T, N] · b
