@@ -65,6 +65,11 @@ uint32_t keel_images_tokens(const keel_images *images)
     return images->n_tokens;
 }
 
+uint32_t keel_images_layers(const keel_images *images)
+{
+    return keel_vision_info(images->vision)->n_layers;
+}
+
 keel_status keel_images_add(keel_images *s, const char *path, const float **embeds)
 {
     keel_status st = KEEL_OK;
@@ -159,6 +164,17 @@ keel_vision *keel_images_vision(keel_images *images)
     return images->vision;
 }
 
+keel_status keel_images_capture(keel_images *s, keel_device *dev, const float *embeds, uint32_t row, uint32_t first)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].embeds == embeds) {
+            return keel_vision_capture(s->vision, dev, s->at[i].path, row, first);
+        }
+    }
+    KEEL_ASSERT(false); // rows get their images from here
+    return KEEL_ERR_ARG;
+}
+
 const char *keel_images_retake(keel_images *s, const float *embeds)
 {
     for (size_t i = 0; i < s->n; i++) {
@@ -170,7 +186,7 @@ const char *keel_images_retake(keel_images *s, const float *embeds)
     return NULL;
 }
 
-static void all_due(keel_images *s)
+void keel_images_due(keel_images *s)
 {
     for (size_t i = 0; i < s->n; i++) {
         s->at[i].done = false;
@@ -182,7 +198,7 @@ keel_status keel_images_add_adapter(keel_images *s, keel_model *model, keel_devi
     bool changed = false;
     const keel_status st = keel_vision_add_adapter(s->vision, model, dev, path, scale, &changed);
     if (changed) {
-        all_due(s);
+        keel_images_due(s);
     }
     return st;
 }
@@ -190,6 +206,6 @@ keel_status keel_images_add_adapter(keel_images *s, keel_model *model, keel_devi
 void keel_images_clear_adapters(keel_images *s)
 {
     if (keel_vision_clear_adapters(s->vision)) {
-        all_due(s);
+        keel_images_due(s);
     }
 }

@@ -144,6 +144,13 @@ keel_status keel_hooks_add_capture(keel_hooks *hooks, enum keel_site site, uint3
 // `fn` is called after each batch of keel_session_score() was computed, with the marks of these positions.
 keel_status keel_hooks_after_batch(keel_hooks *hooks, struct keel_positions at,
                                    keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user);
+// Runs the tower over an image that rows have (its `embeds`), for the captures at its sites; its patches count as tokens first, first + 1,
+// ... of the row. Nothing comes from or goes to the cache. The tower stays on the device. Errors: as keel_vision_encode().
+keel_status keel_images_capture(keel_images *images, keel_device *dev, const float *embeds, uint32_t row, uint32_t first);
+keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t row, uint32_t first);
+uint32_t keel_vision_patch_count(const keel_vision *vision);
+void keel_images_due(keel_images *images); // all are to be encoded again
+const keel_log *keel_hooks_log(const keel_hooks *hooks);
 uint64_t keel_hooks_hash(const keel_hooks *hooks, uint64_t hash); // of all that decides what they do; NULL: `hash`
 
 // --- training pass -------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 // gemma3/hooks.c: lists of hooks, the marks that say which tokens of a batch they are for, and their dispatches.
 // Owns the directions on the device. A pass without hooks records nothing from here.
-#include "gemma3.h"
+#include "vision_internal.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-const char *const keel_site_name[KEEL_N_SITES] = { "pre", "post", "attn", "mlp" };
+const char *const keel_site_name[KEEL_N_SITES + 1] = { "pre",       "post",       "attn",       "mlp",      "tower.pre",
+                                                       "tower.post", "tower.attn", "tower.mlp", NULL };
 
 #define CAPTURE UINT32_MAX // beside enum keel_hook_op
 #define NO_FACTOR UINT32_MAX
@@ -25,6 +26,7 @@ struct hook {
 
 struct keel_hooks {
     keel_model *model;
+    struct keel_vision *vision; // whose sites hooks may sit at, or NULL
     struct hook *hook;
     uint32_t n, n_factors, n_sets;
     struct keel_positions set[KEEL_MAX_POSITION_SETS];
@@ -128,6 +130,9 @@ void keel_hooks_destroy(keel_hooks **hooks)
     for (uint32_t i = 0; i < h->n; i++) {
         free(h->hook[i].v);
     }
+    if (h->vision && h->vision->hooks == h) {
+        h->vision->hooks = NULL;
+    }
     keel_heap_destroy(&h->heap);
     free(h->hook);
     free(h);
@@ -137,6 +142,38 @@ void keel_hooks_destroy(keel_hooks **hooks)
 size_t keel_hooks_count(const keel_hooks *hooks)
 {
     return hooks->n;
+}
+
+const keel_log *keel_hooks_log(const keel_hooks *hooks)
+{
+    return hooks->model->log;
+}
+
+void keel_hooks_use_images(keel_hooks *hooks, keel_images *images)
+{
+    struct keel_vision *v = keel_images_vision(images);
+    hooks->vision = v;
+    v->hooks = hooks;
+    keel_images_due(images);
+}
+
+void keel_hooks_shape(const keel_hooks *h, enum keel_site site, uint32_t *n_layers, uint32_t *width)
+{
+    const bool tower = site >= KEEL_SITE_TOWER;
+    *n_layers = !tower ? h->model->cfg.n_layers : h->vision ? h->vision->cfg.n_layers : 0;
+    *width = !tower ? h->model->cfg.width : h->vision ? h->vision->cfg.width : 0;
+}
+
+static uint32_t width_at(const keel_hooks *h, enum keel_site site)
+{
+    uint32_t n_layers, width;
+    keel_hooks_shape(h, site, &n_layers, &width);
+    return width;
+}
+
+static size_t floats_of(const keel_hooks *h, const struct hook *hook)
+{
+    return (size_t)hook->k * width_at(h, hook->site);
 }
 
 static double dot(const float *a, const float *b, uint32_t n)
@@ -149,10 +186,9 @@ static double dot(const float *a, const float *b, uint32_t n)
 }
 
 // Orthonormal rows that span what the k rows of v span (Gram and Schmidt, twice for the last digits).
-static keel_status orthonormal(const keel_hooks *h, float *v, uint32_t k)
+static keel_status orthonormal(const keel_hooks *h, float *v, uint32_t k, uint32_t width)
 {
     keel_status st = KEEL_OK;
-    const uint32_t width = h->model->cfg.width;
     for (uint32_t j = 0; j < k; j++) {
         float *row = v + (size_t)j * width;
         const double before = sqrt(dot(row, row, width));
@@ -180,9 +216,18 @@ static keel_status check(const keel_hooks *h, const struct keel_hook_params *p)
 {
     keel_status st = KEEL_OK;
     const keel_log *log = h->model->log;
-    const uint32_t width = h->model->cfg.width;
-    if (p->layer >= h->model->cfg.n_layers) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "a hook for layer %u: the model has layers 0 to %u", p->layer, h->model->cfg.n_layers - 1);
+    const bool tower = p->site >= KEEL_SITE_TOWER;
+    uint32_t n_layers, width;
+    if (tower && !h->vision) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "a hook at %s: there is no vision tower; give --mmproj", keel_site_name[p->site]);
+    }
+    keel_hooks_shape(h, p->site, &n_layers, &width);
+    if (p->layer >= n_layers) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "a hook for layer %u: the %s has layers 0 to %u", p->layer, tower ? "tower" : "model", n_layers - 1);
+    }
+    if (tower && p->at.kind != KEEL_AT_ALL && p->at.kind != KEEL_AT_IMAGE) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "a hook at %s: the tower has no prompt and no response; positions there are all or image",
+                  keel_site_name[p->site]);
     }
     if (p->site >= KEEL_N_SITES || p->op > KEEL_HOOK_FLOOR || p->at.kind > KEEL_AT_DECODE || p->k == 0 || p->k > width ||
         (p->k > 1 && p->op != KEEL_HOOK_ABLATE)) {
@@ -205,7 +250,7 @@ out:
 static keel_status check_others(const keel_hooks *h, const struct keel_hook_params *p, const float *v)
 {
     keel_status st = KEEL_OK;
-    const uint32_t width = h->model->cfg.width;
+    const uint32_t width = width_at(h, p->site);
     for (uint32_t i = 0; i < h->n; i++) {
         const struct hook *o = &h->hook[i];
         const bool limits = (o->op == KEEL_HOOK_CAP && p->op == KEEL_HOOK_FLOOR) || (o->op == KEEL_HOOK_FLOOR && p->op == KEEL_HOOK_CAP);
@@ -255,18 +300,18 @@ keel_status keel_hooks_add(keel_hooks *h, const struct keel_hook_params *p)
     keel_status st = KEEL_OK;
     struct hook hook = { .site = p->site, .layer = p->layer, .op = p->op, .k = p->k, .amount = p->amount, .factor = NO_FACTOR };
     KEEL_TRY(check(h, p));
-    const size_t bytes = (size_t)p->k * h->model->cfg.width * sizeof *hook.v;
+    const size_t bytes = floats_of(h, &hook) * sizeof *hook.v;
     hook.v = malloc(bytes);
     if (!hook.v) {
         KEEL_FAIL(h->model->log, KEEL_ERR_NO_MEMORY, "no memory for hooks");
     }
     memcpy(hook.v, p->v, bytes);
     if (p->op != KEEL_HOOK_ADD) {
-        KEEL_TRY(orthonormal(h, hook.v, p->k));
+        KEEL_TRY(orthonormal(h, hook.v, p->k, width_at(h, p->site)));
         KEEL_TRY(check_others(h, p, hook.v));
     }
     KEEL_TRY(find_set(h, p->at, &hook.set));
-    if (p->op == KEEL_HOOK_CAP || p->op == KEEL_HOOK_FLOOR) {
+    if ((p->op == KEEL_HOOK_CAP || p->op == KEEL_HOOK_FLOOR) && p->site < KEEL_SITE_TOWER) {
         hook.factor = h->n_factors++;
     }
     KEEL_TRY(append(h, &hook));
@@ -280,7 +325,7 @@ keel_status keel_hooks_add_capture(keel_hooks *h, enum keel_site site, uint32_t 
                                    void (*fn)(void *user, const struct keel_capture_call *call), void *user)
 {
     struct hook hook = { .site = site, .layer = layer, .op = CAPTURE, .factor = NO_FACTOR, .capture = fn, .user = user };
-    KEEL_ASSERT(layer < h->model->cfg.n_layers && site < KEEL_N_SITES);
+    KEEL_ASSERT(site < KEEL_N_SITES);
     const keel_status st = find_set(h, at, &hook.set);
     return st == KEEL_OK ? append(h, &hook) : st;
 }
@@ -293,16 +338,39 @@ keel_status keel_hooks_after_batch(keel_hooks *h, struct keel_positions at,
     return find_set(h, at, &h->after_set);
 }
 
-uint64_t keel_hooks_hash(const keel_hooks *h, uint64_t hash)
+static uint64_t hash_hooks(const keel_hooks *h, uint64_t hash, bool tower_only)
 {
     for (uint32_t i = 0; h && i < h->n; i++) {
         const struct hook *k = &h->hook[i];
+        if (tower_only && k->site < KEEL_SITE_TOWER) {
+            continue;
+        }
         const uint32_t words[] = { k->site, k->layer, k->op, h->set[k->set].kind, h->set[k->set].k, k->k };
         hash = keel_hash(hash, words, sizeof words);
         hash = keel_hash(hash, &k->amount, sizeof k->amount);
-        hash = keel_hash(hash, k->v, (size_t)k->k * h->model->cfg.width * sizeof *k->v);
+        hash = keel_hash(hash, k->v, floats_of(h, k) * sizeof *k->v);
     }
     return hash;
+}
+
+uint64_t keel_hooks_hash(const keel_hooks *h, uint64_t hash)
+{
+    return hash_hooks(h, hash, false);
+}
+
+uint64_t keel_hooks_tower_hash(const keel_hooks *h, uint64_t hash)
+{
+    return hash_hooks(h, hash, true);
+}
+
+bool keel_hooks_tower_captures(const keel_hooks *h)
+{
+    for (uint32_t i = 0; h && i < h->n; i++) {
+        if (h->hook[i].site >= KEEL_SITE_TOWER && h->hook[i].op == CAPTURE) {
+            return true;
+        }
+    }
+    return false;
 }
 
 // --- on the device -------------------------------------------------------------------------------
@@ -312,12 +380,12 @@ static void want_directions(struct keel_layout *l, void *user)
     keel_hooks *h = user;
     for (uint32_t i = 0; i < h->n; i++) {
         if (h->hook[i].k > 0) {
-            keel_want(l, &h->hook[i].u, 4ull * h->hook[i].k * h->model->cfg.width);
+            keel_want(l, &h->hook[i].u, 4ull * floats_of(h, &h->hook[i]));
         }
     }
 }
 
-static keel_status upload(keel_hooks *h)
+static keel_status upload(keel_hooks *h, keel_device *dev)
 {
     keel_status st = KEEL_OK;
     uint32_t with_vectors = 0;
@@ -328,10 +396,10 @@ static keel_status upload(keel_hooks *h)
         goto out;
     }
     keel_heap_destroy(&h->heap);
-    KEEL_TRY(keel_layout_make(&h->heap, h->model->dev, KEEL_HEAP_DEVICE, "steering directions", want_directions, h));
+    KEEL_TRY(keel_layout_make(&h->heap, dev, KEEL_HEAP_DEVICE, "steering directions", want_directions, h));
     for (uint32_t i = 0; i < h->n; i++) {
         if (h->hook[i].k > 0) {
-            KEEL_TRY(keel_upload(h->model->dev, h->hook[i].u, h->hook[i].v, 4ull * h->hook[i].k * h->model->cfg.width));
+            KEEL_TRY(keel_upload(dev, h->hook[i].u, h->hook[i].v, 4ull * floats_of(h, &h->hook[i])));
         }
     }
     h->uploaded = true;
@@ -356,7 +424,7 @@ keel_status keel_batch_set_hooks(struct keel_batch *b, const keel_hooks *hooks)
     if (!h || h->n == 0) {
         goto out;
     }
-    KEEL_TRY(upload(h));
+    KEEL_TRY(upload(h, h->model->dev));
     b->row_of = malloc(b->cap * sizeof *b->row_of);
     b->token_of = malloc(b->cap * sizeof *b->token_of);
     if (!b->row_of || !b->token_of) {
@@ -446,23 +514,26 @@ static struct keel_batch_tokens tokens_of(const struct keel_batch *b, uint32_t s
     return (struct keel_batch_tokens){ .n = b->n_tokens, .row = b->row_of, .at = b->token_of, .marks = keel_span_host(b->mark[set]) };
 }
 
-static void apply(const struct keel_pass *p, const struct hook *h, struct keel_span x)
+// What a hook works on: rows of a recorded pass.
+struct place {
+    keel_recorder *rec;
+    uint32_t n, width;
+    struct keel_span marks, factor; // [n] each
+    struct keel_batch_tokens tokens;
+};
+
+static void apply(const struct place *p, const struct hook *h, struct keel_span x)
 {
-    const uint32_t n = p->batch->n_tokens, width = p->model->cfg.width;
-    const struct keel_span marks = p->batch->mark[h->set];
     if (h->op == CAPTURE) {
-        const struct keel_batch_tokens tokens = tokens_of(p->batch, h->set);
-        h->capture(h->user, &(struct keel_capture_call){ .rec = p->rec, .site = h->site, .layer = h->layer, .x = x, .marks = marks,
-                                                         .n_rows = n, .width = width, .tokens = &tokens });
+        h->capture(h->user, &(struct keel_capture_call){ .rec = p->rec, .site = h->site, .layer = h->layer, .x = x, .marks = p->marks,
+                                                         .n_rows = p->n, .width = p->width, .tokens = &p->tokens });
     } else if (h->op == KEEL_HOOK_ADD) {
-        keel_rows_add(p->rec, &(struct keel_rows_add_params){ .x = x, .v = h->u, .marks = marks, .n_rows = n, .width = width,
+        keel_rows_add(p->rec, &(struct keel_rows_add_params){ .x = x, .v = h->u, .marks = p->marks, .n_rows = p->n, .width = p->width,
                                                               .a = h->amount });
     } else {
-        struct keel_rows_project_params r = { .x = x, .u = h->u, .marks = marks, .n_rows = n, .width = width, .k = h->k,
-                                              .limit = h->amount };
-        r.mode = h->op == KEEL_HOOK_ABLATE ? KEEL_ABLATE : h->op == KEEL_HOOK_CAP ? KEEL_CAP : KEEL_FLOOR;
-        r.factor = h->factor == NO_FACTOR ? (struct keel_span){ 0 } : factor_of(p, h);
-        keel_rows_project(p->rec, &r);
+        keel_rows_project(p->rec, &(struct keel_rows_project_params){
+            .x = x, .u = h->u, .marks = p->marks, .factor = p->factor, .n_rows = p->n, .width = p->width, .k = h->k, .limit = h->amount,
+            .mode = h->op == KEEL_HOOK_ABLATE ? KEEL_ABLATE : h->op == KEEL_HOOK_CAP ? KEEL_CAP : KEEL_FLOOR });
     }
 }
 
@@ -479,8 +550,11 @@ bool keel_pass_hooked(const struct keel_pass *p, enum keel_site site, uint32_t l
 void keel_pass_hooks(const struct keel_pass *p, enum keel_site site, uint32_t layer, struct keel_span x)
 {
     for (uint32_t i = 0; p->hooks && i < p->hooks->n; i++) {
-        if (p->hooks->hook[i].site == site && p->hooks->hook[i].layer == layer) {
-            apply(p, &p->hooks->hook[i], x);
+        const struct hook *h = &p->hooks->hook[i];
+        if (h->site == site && h->layer == layer) {
+            apply(&(struct place){ .rec = p->rec, .n = p->batch->n_tokens, .width = p->model->cfg.width, .marks = p->batch->mark[h->set],
+                                   .factor = h->factor == NO_FACTOR ? (struct keel_span){ 0 } : factor_of(p, h),
+                                   .tokens = tokens_of(p->batch, h->set) }, h, x);
         }
     }
 }
@@ -505,4 +579,95 @@ keel_status keel_pass_after(const struct keel_pass *p)
     }
     const struct keel_batch_tokens tokens = tokens_of(p->batch, p->hooks->after_set);
     return p->hooks->after(p->hooks->after_user, &tokens);
+}
+
+// --- in the vision tower -------------------------------------------------------------------------
+
+static uint32_t count_tower(const keel_hooks *h)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; h && i < h->n; i++) {
+        n += h->hook[i].site >= KEEL_SITE_TOWER;
+    }
+    return n;
+}
+
+static void want_tower(struct keel_layout *l, void *user)
+{
+    struct keel_tower_hooks *t = user;
+    keel_want(l, &t->marks, 4ull * t->n);
+    keel_want(l, &t->factor, 4ull * t->n);
+}
+
+keel_status keel_tower_hooks_make(struct keel_tower_hooks *t, const keel_vision *v)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t n = v->cfg.n_patches;
+    keel_tower_hooks_finish(t);
+    if (count_tower(v->hooks) == 0) {
+        goto out;
+    }
+    t->n = n;
+    t->ones = malloc(n * sizeof *t->ones);
+    t->row = malloc(2 * (size_t)n * sizeof *t->row);
+    if (!t->ones || !t->row) {
+        KEEL_FAIL(v->log, KEEL_ERR_NO_MEMORY, "no memory for hooks");
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        t->ones[i] = 1;
+        t->row[i] = v->capture_row;
+        t->row[n + i] = v->capture_first + i;
+    }
+    KEEL_TRY(upload(v->hooks, v->dev));
+    KEEL_TRY(keel_layout_make(&t->heap, v->dev, KEEL_HEAP_DEVICE, "marks of hooks", want_tower, t));
+    KEEL_TRY(keel_upload(v->dev, t->marks, t->ones, n * sizeof *t->ones));
+    t->hooks = v->hooks;
+out:
+    if (st != KEEL_OK) {
+        keel_tower_hooks_finish(t);
+    }
+    return st;
+}
+
+void keel_tower_hooks_finish(struct keel_tower_hooks *t)
+{
+    keel_heap_destroy(&t->heap);
+    free(t->ones);
+    free(t->row);
+    *t = (struct keel_tower_hooks){ 0 };
+}
+
+static struct keel_batch_tokens patches_of(const struct keel_tower_hooks *t)
+{
+    return (struct keel_batch_tokens){ .n = t->n, .row = t->row, .at = t->row + t->n, .marks = t->ones };
+}
+
+bool keel_tower_hooked(const struct keel_tower_pass *p, enum keel_site site, uint32_t layer)
+{
+    const keel_hooks *h = p->hooks ? p->hooks->hooks : NULL;
+    for (uint32_t i = 0; h && i < h->n; i++) {
+        if (h->hook[i].site == site && h->hook[i].layer == layer) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void keel_tower_apply(const struct keel_tower_pass *p, enum keel_site site, uint32_t layer, struct keel_span x)
+{
+    const struct keel_tower_hooks *t = p->hooks;
+    for (uint32_t i = 0; t && t->hooks && i < t->hooks->n; i++) {
+        const struct hook *h = &t->hooks->hook[i];
+        if (h->site == site && h->layer == layer) {
+            apply(&(struct place){ .rec = p->rec, .n = t->n, .width = p->v->cfg.width, .marks = t->marks, .factor = t->factor,
+                                   .tokens = patches_of(t) }, h, x);
+        }
+    }
+}
+
+keel_status keel_tower_after(const struct keel_tower_pass *p)
+{
+    const keel_hooks *h = p->hooks ? p->hooks->hooks : NULL;
+    const struct keel_batch_tokens tokens = h ? patches_of(p->hooks) : (struct keel_batch_tokens){ 0 };
+    return h && h->after && keel_hooks_tower_captures(h) ? h->after(h->after_user, &tokens) : KEEL_OK;
 }

@@ -271,6 +271,29 @@ out:
     return st;
 }
 
+keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t row, uint32_t first)
+{
+    keel_status st = KEEL_OK;
+    struct keel_image image = {0};
+    float *unused = malloc((size_t)vision->cfg.n_tokens * vision->cfg.out_width * sizeof *unused);
+    if (!unused) {
+        KEEL_FAIL(vision->log, KEEL_ERR_NO_MEMORY, "%s: no memory for its soft tokens", image_path);
+    }
+    KEEL_TRY(read_image(vision, image_path, &image));
+    vision->capture_row = row;
+    vision->capture_first = first;
+    KEEL_TRY(compute(vision, dev, &image, unused));
+out:
+    keel_image_finish(&image);
+    free(unused);
+    return st;
+}
+
+uint32_t keel_vision_patch_count(const keel_vision *vision)
+{
+    return vision->cfg.n_patches;
+}
+
 // --- adapters ------------------------------------------------------------------------------------
 
 void keel_model_use_vision(keel_model *model, keel_vision *vision)

@@ -11,7 +11,7 @@
 struct entry {
     char magic[8];
     uint32_t n_tokens, width;
-    uint64_t pixels, tower; // hashes; that of the tower includes the adapters in force
+    uint64_t pixels, tower; // hashes; that of the tower includes the adapters and hooks in force
     uint64_t checksum;      // of the tokens that follow, f32
 };
 static const char magic[8] = {'K', 'E', 'E', 'L', 'I', 'M', 'G', '1'};
@@ -23,6 +23,7 @@ static struct entry entry_of(const keel_vision *v, uint64_t pixels)
     if (v->n_adapters > 0) {
         e.tower = keel_hash(e.tower, v->adapter_hash, v->n_adapters * sizeof v->adapter_hash[0]);
     }
+    e.tower = keel_hooks_tower_hash(v->hooks, e.tower);
     return e;
 }
 

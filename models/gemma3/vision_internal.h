@@ -81,6 +81,8 @@ struct keel_vision {
     keel_adapter *owned[8];          // those of them that this object loaded
     uint32_t n_owned;
     bool cache_warned;
+    keel_hooks *hooks; // borrowed: those at sites of the tower are in force; NULL: none
+    uint32_t capture_row, capture_first; // number of the row whose image is run, of the image's first patch in it: for captures
 };
 
 // Uploads all weights into vision->heap. Errors: NO_MEMORY, NUMERIC, DEVICE_LOST.
@@ -114,12 +116,23 @@ void keel_tower_layout(struct keel_layout *l, struct keel_tower_acts *a, const s
 void keel_tower_lora_layout(struct keel_layout *l, struct keel_tower_acts *a, const struct keel_siglip *c, uint32_t rank);
 keel_status keel_tower_spans(const struct keel_tower_acts *a, keel_device *dev, uint32_t n_patches); // fills a->spans
 
+// Hooks in force during a pass over one image, and what they need on the device. All-zero: none.
+struct keel_tower_hooks {
+    const keel_hooks *hooks;
+    keel_heap *heap;
+    uint32_t n;                     // patches
+    struct keel_span marks, factor; // [n]: all 1; room for what limits leave
+    float *ones;                    // [n] the marks in host memory
+    uint32_t *row;                  // [2, n] row of each patch, and its place there
+};
+
 struct keel_tower_pass {
     keel_recorder *rec;
     const keel_vision *v;
     const struct keel_tower_acts *a;
     const keel_adapter *const *adapters;
     uint32_t n_adapters;
+    const struct keel_tower_hooks *hooks; // NULL: none; for passes of which nothing is kept
 };
 // The pair of an adapter for a map of a block, or for the projector (layer n_layers, proj 0). NULL where there is none.
 static inline const struct keel_lora *keel_vision_pair(const keel_adapter *a, uint32_t layer, uint32_t proj)
@@ -135,6 +148,14 @@ void keel_tower_block(const struct keel_tower_pass *p, uint32_t layer, struct ke
 // The parts of a block: everything up to a->fn; a->act of `n` rows of the feed-forward layer.
 void keel_tower_attention_half(const struct keel_tower_pass *p, uint32_t layer, struct keel_span x);
 void keel_tower_ffn_rows(const struct keel_tower_pass *p, uint32_t layer, uint32_t first, uint32_t n);
+// Hooks at a site of the tower (hooks.c). make: for the vision's list, if it has any there; frees what was there before.
+keel_status keel_tower_hooks_make(struct keel_tower_hooks *t, const keel_vision *vision);
+void keel_tower_hooks_finish(struct keel_tower_hooks *t); // accepts all-zero
+bool keel_tower_hooked(const struct keel_tower_pass *p, enum keel_site site, uint32_t layer);
+void keel_tower_apply(const struct keel_tower_pass *p, enum keel_site site, uint32_t layer, struct keel_span x);
+keel_status keel_tower_after(const struct keel_tower_pass *p); // tells a capture that the pass is done
+uint64_t keel_hooks_tower_hash(const keel_hooks *hooks, uint64_t hash); // of those in the tower; without any: `hash`
+bool keel_hooks_tower_captures(const keel_hooks *hooks);
 // Submits, waits, and copies a->tokens. Errors: NUMERIC, DEVICE_LOST.
 keel_status keel_tower_read(const struct keel_tower_pass *p, float *tokens);
 

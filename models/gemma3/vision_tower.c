@@ -13,6 +13,7 @@ struct keel_tower {
     uint32_t rank; // adapter width that `lora` was made for
     keel_recorder *rec;
     struct keel_tower_acts acts;
+    struct keel_tower_hooks hooks;
 };
 
 // --- layout --------------------------------------------------------------------------------------
@@ -103,6 +104,14 @@ static void norm(const struct keel_tower_pass *p, struct keel_span x, struct kee
                                                            .eps = p->v->cfg.eps});
 }
 
+// Adds a->half, what a branch of the block adds, to the stream that it branched off from, after the hooks there. Only in passes of
+// which nothing is kept, where the stream has one buffer.
+static void add_hooked(const struct keel_tower_pass *p, uint32_t layer, enum keel_site site, struct keel_span x)
+{
+    keel_tower_apply(p, site, layer, p->a->half);
+    keel_axpy(p->rec, 1.0f, p->a->half, x, (uint64_t)p->v->cfg.n_patches * p->v->cfg.width);
+}
+
 void keel_tower_attention_half(const struct keel_tower_pass *p, uint32_t layer, struct keel_span x)
 {
     const struct keel_siglip *c = &p->v->cfg;
@@ -129,7 +138,12 @@ void keel_tower_attention_half(const struct keel_tower_pass *p, uint32_t layer, 
                                                            .max_union = n,
                                                            .scale = keel_siglip_scale(c),
                                                            .all = true});
-    project(p, layer, KEEL_V_OUT, a->o, a->x1, x, n);
+    if (keel_tower_hooked(p, KEEL_SITE_TOWER_ATTN, layer)) {
+        project(p, layer, KEEL_V_OUT, a->o, a->half, nothing, n);
+        add_hooked(p, layer, KEEL_SITE_TOWER_ATTN, a->x1);
+    } else {
+        project(p, layer, KEEL_V_OUT, a->o, a->x1, x, n);
+    }
     norm(p, a->x1, b->norm[KEEL_V_LN2], b->norm_bias[KEEL_V_LN2], a->fn);
 }
 
@@ -145,12 +159,19 @@ void keel_tower_block(const struct keel_tower_pass *p, uint32_t layer, struct ke
 {
     const struct keel_siglip *c = &p->v->cfg;
     const struct keel_tower_acts *a = p->a;
+    const bool hooked = keel_tower_hooked(p, KEEL_SITE_TOWER_MLP, layer);
+    keel_tower_apply(p, KEEL_SITE_TOWER_PRE, layer, x);
     keel_tower_attention_half(p, layer, x);
     for (uint32_t i = 0; i < c->n_patches; i += KEEL_FFN_ROWS) {
         const uint32_t m = KEEL_MIN(KEEL_FFN_ROWS, c->n_patches - i);
         keel_tower_ffn_rows(p, layer, i, m);
-        project(p, layer, KEEL_V_DOWN, a->act, keel_rows(y, i, m, c->width), keel_rows(a->x1, i, m, c->width), m);
+        project(p, layer, KEEL_V_DOWN, a->act, keel_rows(hooked ? a->half : y, i, m, c->width),
+                hooked ? (struct keel_span){0} : keel_rows(a->x1, i, m, c->width), m);
     }
+    if (hooked) {
+        add_hooked(p, layer, KEEL_SITE_TOWER_MLP, y);
+    }
+    keel_tower_apply(p, KEEL_SITE_TOWER_POST, layer, y);
 }
 
 void keel_tower_embed(const struct keel_tower_pass *p, struct keel_span x)
@@ -258,6 +279,7 @@ void keel_tower_destroy(struct keel_tower **tower)
         return;
     }
     keel_recorder_destroy(&t->rec);
+    keel_tower_hooks_finish(&t->hooks);
     keel_heap_destroy(&t->lora);
     keel_heap_destroy(&t->heap);
     free(t);
@@ -270,7 +292,7 @@ keel_status keel_tower_run(const keel_vision *v, const float *patches, float *to
     struct keel_tower *t = v->tower;
     const struct keel_siglip *c = &v->cfg;
     const struct keel_tower_pass pass = {
-        .rec = t->rec, .v = v, .a = &t->acts, .adapters = v->adapters, .n_adapters = v->n_adapters};
+        .rec = t->rec, .v = v, .a = &t->acts, .adapters = v->adapters, .n_adapters = v->n_adapters, .hooks = &t->hooks};
     const uint32_t rank = keel_vision_rank(&pass);
     if (rank > t->rank) {
         struct tower_want want = {.a = &t->acts, .c = c, .rank = rank};
@@ -279,6 +301,7 @@ keel_status keel_tower_run(const keel_vision *v, const float *patches, float *to
         t->rank = rank;
     }
     keel_recorder_reset(t->rec);
+    KEEL_TRY(keel_tower_hooks_make(&t->hooks, v));
     KEEL_TRY(keel_upload(v->dev, t->acts.patches, patches, (size_t)c->n_patches * keel_patch_cols(c) * sizeof *patches));
     keel_tower_embed(&pass, t->acts.x);
     for (uint32_t i = 0; i < c->n_layers; i++) {
@@ -286,6 +309,7 @@ keel_status keel_tower_run(const keel_vision *v, const float *patches, float *to
     }
     keel_tower_project(&pass, t->acts.x);
     KEEL_TRY(keel_tower_read(&pass, tokens));
+    KEEL_TRY(keel_tower_after(&pass));
 out:
     return st;
 }

@@ -75,6 +75,10 @@ keel_status keel_vision_trainer_create(keel_vision_trainer **out, keel_vision *v
         KEEL_FAIL(vision->log, KEEL_ERR_NO_MEMORY, "no memory to train a vision tower");
     }
     t->v = vision;
+    if (keel_hooks_tower_hash(vision->hooks, 0) != 0) {
+        KEEL_FAIL(vision->log, KEEL_ERR_ARG, "%s: a tower cannot be trained while hooks sit in it; train the language model only, or steer at "
+                  "its sites", vision->info.path);
+    }
     KEEL_TRY(keel_vision_load(vision, dev));
     KEEL_TRY(keel_layout_make(&t->heap, dev, KEEL_HEAP_DEVICE, "vision training", want_device, t));
     KEEL_TRY(keel_tower_spans(&t->acts, dev, vision->cfg.n_patches));

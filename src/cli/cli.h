@@ -99,6 +99,10 @@ void shipped_resolve(struct common *o);
 const char *shipped_golden(void);
 // Hooks of --steer, which the caller destroys after the session; NULL without any.
 keel_status context_steer(struct context *c, const struct common *o, keel_hooks **hooks);
+// Reads --site and --layers: sets p->site, p->layers (*use, to be freed) and p->images.
+keel_status context_site(const struct context *c, const char *site, const char *layers, struct keel_capture_params *p, uint8_t **use);
+// Reads --positions for that site. NULL: the response where all rows have one, else the last token of the prompt; all patches of a tower.
+keel_status context_positions(const struct context *c, const char *text, bool responses, struct keel_capture_params *p);
 // Session with the adapters of --lora and the hooks of --steer. n_ctx 0: o->ctx, which may itself be 0.
 keel_status context_open_session(struct context *c, const struct common *o, uint32_t n_ctx);
 // Returns the exit code for `st`; with --validate a validation message turns success into failure.

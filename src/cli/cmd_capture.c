@@ -13,17 +13,6 @@ struct capture_args {
     bool covariance, f16;
 };
 
-static const char *const sites[] = { "pre", "post", "attn", "mlp", NULL };
-
-// Positions in words; without any, the response where all rows have one, else the last token of the prompt.
-static keel_status positions(const struct context *c, const char *text, const struct keel_steer_rows *rows, struct keel_positions *at)
-{
-    if (text) {
-        return keel_positions_parse(text, at, &c->log);
-    }
-    *at = (struct keel_positions){ .kind = rows->n_responses == rows->n ? KEEL_AT_RESPONSE : KEEL_AT_LAST_PROMPT };
-    return KEEL_OK;
-}
 
 // Model, rows, their images, session.
 static keel_status open_all(struct context *c, const struct capture_args *a, struct keel_steer_rows *rows)
@@ -58,18 +47,12 @@ static int capture_run(const void *args)
     uint8_t *layers = NULL;
     keel_status st = open_all(&c, a, &rows);
     if (st == KEEL_OK) {
-        const uint32_t n = keel_model_info(c.model)->n_layers;
-        layers = calloc(n, 1);
-        p.layers = layers;
-        st = layers ? keel_layers_parse(a->layers, layers, n, &c.log) : KEEL_ERR_NO_MEMORY;
+        st = context_site(&c, a->site, a->layers, &p, &layers);
     }
     if (st == KEEL_OK) {
-        st = positions(&c, a->positions, &rows, &p.at);
+        st = context_positions(&c, a->positions, rows.n_responses == rows.n, &p);
     }
     if (st == KEEL_OK) {
-        for (int i = 0; sites[i]; i++) {
-            p.site = strcmp(a->site, sites[i]) == 0 ? (enum keel_site)i : p.site;
-        }
         p.hooks = c.hooks;
         st = keel_capture_run(&capture, c.session, &rows, &p, progress_tokens, &progress);
         progress_end(&progress);
@@ -101,8 +84,9 @@ static const struct arg_option capture_options[] = {
       .help = "sums and row means: mean.L, var.L, abs.L, rows.L, row_tokens, logprob" },
     { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "L", .def = "all", .help = "3, 3-7, 1,4-6 or all" },
     OPTION_POSITIONS,
-    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = sites,
-      .help = "residual stream before (pre) or after (post) a layer, or what attention (attn) or the MLP (mlp) adds to it" },
+    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = keel_site_name,
+      .help = "residual stream before (pre) or after (post) a layer, or what attention (attn) or the MLP (mlp) adds to it; "
+              "tower.pre and so on: the same of the vision tower, for rows with images" },
     { .name = "--covariance", .type = ARG_FLAG, .offset = AT(covariance), .help = "also cov.L, added up on the device" },
     { .name = "--raw", .type = ARG_STR, .offset = AT(raw), .value = "F.safetensors",
       .help = "also every captured token: hidden.L, row, position, token, and the texts" },
@@ -142,15 +126,15 @@ static keel_status project(struct context *c, const struct capture_args *a, stru
                            const struct keel_directions *d, struct out_file *out)
 {
     struct progress progress = { .what = "project", .unit = "tokens", .off = a->common.quiet };
-    struct keel_positions at;
+    struct keel_capture_params p = { .site = d->site };
     uint32_t max_k = 1;
     for (uint32_t i = 0; i < d->n; i++) {
         max_k = d->at[i].k > max_k ? d->at[i].k : max_k;
     }
     double *mean = calloc(rows->n * d->n * max_k, sizeof *mean);
-    keel_status st = mean ? positions(c, a->positions, rows, &at) : KEEL_ERR_NO_MEMORY;
+    keel_status st = mean ? context_positions(c, a->positions, rows->n_responses == rows->n, &p) : KEEL_ERR_NO_MEMORY;
     if (st == KEEL_OK) {
-        st = keel_steer_project(c->session, rows, d, at, c->hooks, mean, max_k, progress_tokens, &progress);
+        st = keel_steer_project(c->session, rows, d, p.at, c->hooks, mean, max_k, progress_tokens, &progress);
         progress_end(&progress);
     }
     for (size_t i = 0; st == KEEL_OK && i < rows->n; i++) {

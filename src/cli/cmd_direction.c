@@ -16,7 +16,6 @@ struct direction_args {
 };
 
 static const char *const methods[] = { "mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd", NULL };
-static const char *const sites[] = { "pre", "post", "attn", "mlp", NULL };
 
 // What a direction is made of: rows of two classes, or one set of rows run twice.
 struct sources {
@@ -80,11 +79,10 @@ static keel_status capture_both(struct context *c, const struct direction_args *
                                 struct keel_capture *pos, struct keel_capture *neg)
 {
     const bool response = s->positive.n_responses == s->positive.n && s->negative.n_responses == s->negative.n;
-    keel_status st = KEEL_OK;
-    if (a->positions) {
-        st = keel_positions_parse(a->positions, &p->at, &c->log);
-    } else {
-        p->at = (struct keel_positions){ .kind = response ? KEEL_AT_RESPONSE : KEEL_AT_LAST_PROMPT };
+    keel_status st = context_positions(c, a->positions, response, p);
+    if (st == KEEL_OK && a->benign && p->site >= KEEL_SITE_TOWER) {
+        say(c, KEEL_LOG_ERROR, "--benign measures directions of the language model, --site %s is in the vision tower", a->site);
+        st = KEEL_ERR_ARG;
     }
     if (st == KEEL_OK) {
         st = capture(c, a, a->shift ? &s->positive : &s->negative, p, neg);
@@ -232,13 +230,8 @@ static keel_status make(struct context *c, const struct direction_args *a, struc
 {
     struct keel_capture pos = { 0 }, neg = { 0 };
     struct keel_capture_params p = { 0 };
-    const uint32_t n = keel_model_info(c->model)->n_layers;
-    uint8_t *layers = calloc(n, 1);
-    keel_status st = layers ? keel_layers_parse(a->layers, layers, n, &c->log) : KEEL_ERR_NO_MEMORY;
-    p.layers = layers;
-    for (int i = 0; sites[i]; i++) {
-        p.site = strcmp(a->site, sites[i]) == 0 ? (enum keel_site)i : p.site;
-    }
+    uint8_t *layers = NULL;
+    keel_status st = context_site(c, a->site, a->layers, &p, &layers);
     if (st == KEEL_OK) {
         st = capture_both(c, a, s, &p, &pos, &neg);
     }
@@ -323,7 +316,7 @@ static const struct arg_option options[] = {
     { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "L", .def = "all", .help = "3, 3-7, 1,4-6 or all" },
     { .name = "--positions", .type = ARG_STR, .offset = AT(positions), .value = "P",
       .help = "all, prompt, response, last_prompt, first:K or image; without it the response, or last_prompt if a row has none" },
-    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = sites, .help = "pre, post, attn or mlp" },
+    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = keel_site_name, .help = "residual stream before (pre) or after (post) a layer, what attention (attn) or the MLP (mlp) adds; tower.pre ...: of the tower" },
     { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "of the checks' halves and random directions" },
     { .name = "--benign", .type = ARG_STR, .offset = AT(benign), .value = "F",
       .help = "JSONL rows that steering should not disturb: prints the KL when each direction is added once" },

@@ -19,7 +19,6 @@ struct geometry_args {
     bool probe, json;
 };
 
-static const char *const sites[] = { "pre", "post", "attn", "mlp", NULL };
 
 // Everything that is run through the model.
 struct inputs {
@@ -357,16 +356,11 @@ static keel_status load(struct context *c, const struct geometry_args *a)
 static keel_status activations(struct context *c, const struct geometry_args *a, struct inputs *in, uint32_t longest, bool responses,
                                json_t *result)
 {
-    const uint32_t n = keel_model_info(c->model)->n_layers;
-    uint8_t *layers = calloc(n, 1);
-    struct keel_capture_params p = { .site = KEEL_SITE_POST, .layers = layers };
-    keel_status st = layers ? keel_layers_parse(a->layers, layers, n, &c->log) : KEEL_ERR_NO_MEMORY;
-    p.at.kind = responses ? KEEL_AT_RESPONSE : KEEL_AT_LAST_PROMPT;
-    for (int i = 0; sites[i]; i++) {
-        p.site = strcmp(a->site, sites[i]) == 0 ? (enum keel_site)i : p.site;
-    }
-    if (st == KEEL_OK && a->positions) {
-        st = keel_positions_parse(a->positions, &p.at, &c->log);
+    uint8_t *layers = NULL;
+    struct keel_capture_params p = { 0 };
+    keel_status st = context_site(c, a->site, a->layers, &p, &layers);
+    if (st == KEEL_OK) {
+        st = context_positions(c, a->positions, responses, &p);
     }
     if (st == KEEL_OK) {
         st = context_open_session(c, &a->common, a->common.ctx ? a->common.ctx : longest + 1);
@@ -473,8 +467,9 @@ static const struct arg_option options[] = {
     { .name = "--positions", .type = ARG_STR, .offset = AT(positions), .value = "P",
       .help = "all, prompt, response, last_prompt, first:K or image; without it the response, or last_prompt if a row has none" },
     { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "L", .def = "all", .help = "3, 3-7, 1,4-6 or all" },
-    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = sites,
-      .help = "residual stream before (pre) or after (post) a layer, or what attention (attn) or the MLP (mlp) adds to it" },
+    { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = keel_site_name,
+      .help = "residual stream before (pre) or after (post) a layer, or what attention (attn) or the MLP (mlp) adds to it; "
+              "tower.pre and so on: the same of the vision tower, for rows with images" },
     { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "of the shuffled labels" },
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "DIR", .help = "write geometry.json and plots there; keel report shows them" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the result as JSON (docs/steering.md)" },

@@ -156,10 +156,10 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         st = keel_model_load(c.model, c.dev);
     }
     params.images = c.images;
-    if (st == KEEL_OK) {
+    if (st == KEEL_OK && !c.hooks) {
         st = context_steer(&c, &a->common, &c.hooks);
-        params.hooks = c.hooks;
     }
+    params.hooks = c.hooks;
     if (st == KEEL_OK) {
         st = keel_train(c.model, &params, &result);
         progress_end(&p.line);

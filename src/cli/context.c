@@ -126,6 +126,9 @@ keel_status context_encode_images(struct context *c, const struct common *o)
         return KEEL_OK;
     }
     keel_status st = c->images_adapted ? KEEL_OK : adapt_images(c, o);
+    if (st == KEEL_OK && !c->hooks) { // some may sit in the tower
+        st = context_steer(c, o, &c->hooks);
+    }
     if (st == KEEL_OK) {
         st = keel_images_encode(c->images, c->dev, progress_tokens, &p);
     }
@@ -155,6 +158,9 @@ keel_status context_steer(struct context *c, const struct common *o, keel_hooks 
     if (o->steer.n > 0) {
         st = keel_hooks_create(hooks, c->model);
     }
+    if (st == KEEL_OK && *hooks && c->images) {
+        keel_hooks_use_images(*hooks, c->images);
+    }
     for (size_t i = 0; st == KEEL_OK && i < o->steer.n; i++) {
         st = keel_steer_add(*hooks, c->model, o->steer.at[i]);
     }
@@ -171,13 +177,39 @@ keel_status context_open_session(struct context *c, const struct common *o, uint
     for (size_t i = 0; st == KEEL_OK && i < o->lora.n; i++) {
         st = add_adapter(c, o->lora.at[i]);
     }
-    if (st == KEEL_OK) {
+    if (st == KEEL_OK && !c->hooks) {
         st = context_steer(c, o, &c->hooks);
     }
     if (st == KEEL_OK && c->hooks) {
         st = keel_session_set_hooks(c->session, c->hooks);
     }
     return st;
+}
+
+keel_status context_site(const struct context *c, const char *site, const char *layers, struct keel_capture_params *p, uint8_t **use)
+{
+    for (int i = 0; keel_site_name[i]; i++) {
+        p->site = strcmp(site, keel_site_name[i]) == 0 ? (enum keel_site)i : p->site;
+    }
+    const bool tower = p->site >= KEEL_SITE_TOWER;
+    if (tower && !c->images) {
+        say(c, KEEL_LOG_ERROR, "--site %s is in the vision tower: give it by --mmproj", site);
+        return KEEL_ERR_ARG;
+    }
+    const uint32_t n = tower ? keel_images_layers(c->images) : keel_model_info(c->model)->n_layers;
+    *use = calloc(n, 1);
+    p->layers = *use;
+    p->images = c->images;
+    return *use ? keel_layers_parse(layers, *use, n, &c->log) : KEEL_ERR_NO_MEMORY;
+}
+
+keel_status context_positions(const struct context *c, const char *text, bool responses, struct keel_capture_params *p)
+{
+    p->at = (struct keel_positions){ .kind = responses ? KEEL_AT_RESPONSE : KEEL_AT_LAST_PROMPT };
+    if (p->site >= KEEL_SITE_TOWER) {
+        p->at.kind = KEEL_AT_ALL;
+    }
+    return text ? keel_positions_parse(text, &p->at, &c->log) : KEEL_OK;
 }
 
 int context_close(struct context *c, keel_status st)

@@ -25,6 +25,8 @@ struct run {
     keel_heap *device, *host;
     struct keel_span segments; // host: [cap, 2] u32
     uint32_t cap, width, n_segments;
+    uint32_t n_all;            // layers where the site is
+    uint32_t n_patches;        // of an image, at a site of the vision tower; else 0
     size_t seen;               // captured tokens so far
     bool probing;              // the first row, which shows where the sums should be shifted to
     struct keel_file_out file;
@@ -358,12 +360,29 @@ out:
     return st;
 }
 
-// The tokens that will be captured, in the order in which they come.
+static uint32_t count_tokens(const struct run *r, const struct keel_score_row *row)
+{
+    uint32_t n = row->n_images * r->n_patches;
+    for (uint32_t t = 0; r->n_patches == 0 && t < row->n; t++) {
+        n += keel_steer_marked(row, r->p->at, t);
+    }
+    return n;
+}
+
+// The tokens that will be captured, in the order in which they come. Patches have the id of their image's soft tokens.
 static void list_tokens(struct run *r)
 {
     size_t n = 0;
     for (uint32_t i = 0; i < r->rows->n; i++) {
         const struct keel_score_row *row = &r->rows->row[i];
+        for (uint32_t t = 0; t < row->n_images * r->n_patches; t++) {
+            r->raw_row[n] = i;
+            r->raw_at[n] = t;
+            r->raw_token[n++] = row->ids[row->images[t / r->n_patches].at];
+        }
+        if (r->n_patches > 0) {
+            continue;
+        }
         for (uint32_t t = 0; t < row->n; t++) {
             if (keel_steer_marked(row, r->p->at, t)) {
                 r->raw_row[n] = i;
@@ -386,8 +405,7 @@ static keel_status make_results(struct run *r)
     r->raw_at = calloc(o->n_tokens, sizeof *r->raw_at);
     r->raw_token = calloc(o->n_tokens, sizeof *r->raw_token);
     bool ok = o->layer && o->row_tokens && r->layer && r->raw_row && r->raw_at && r->raw_token;
-    const uint32_t n_all = keel_model_info(r->model)->n_layers;
-    for (uint32_t i = 0, k = 0; ok && i < n_all; i++) {
+    for (uint32_t i = 0, k = 0; ok && i < r->n_all; i++) {
         if (r->p->layers && !r->p->layers[i]) {
             continue;
         }
@@ -426,17 +444,16 @@ void keel_capture_finish(struct keel_capture *c)
 static keel_status check(struct run *r)
 {
     keel_status st = KEEL_OK;
-    const uint32_t n = keel_model_info(r->model)->n_layers;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < r->n_all; i++) {
         r->out->n_layers += !r->p->layers || r->p->layers[i];
     }
     if (r->out->n_layers == 0 || r->rows->n == 0) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "nothing to capture: no layers or no rows");
     }
     for (size_t i = 0; i < r->rows->n; i++) {
-        uint32_t tokens = 0;
-        for (uint32_t t = 0; t < r->rows->row[i].n; t++) {
-            tokens += keel_steer_marked(&r->rows->row[i], r->p->at, t);
+        const uint32_t tokens = count_tokens(r, &r->rows->row[i]);
+        if (tokens == 0 && r->n_patches > 0) {
+            KEEL_FAIL(r->log, KEEL_ERR_DATA, "row %zu has no image, and %s is in the vision tower", i + 1, keel_site_name[r->p->site]);
         }
         if (tokens == 0) {
             KEEL_FAIL(r->log, KEEL_ERR_DATA, "row %zu has no token at the positions asked for (%u tokens of prompt, %u of response)", i + 1,
@@ -444,6 +461,49 @@ static keel_status check(struct run *r)
         }
         r->out->n_tokens += tokens;
     }
+out:
+    return st;
+}
+
+// Every image of every row through the tower.
+static keel_status run_tower(const struct run *r, size_t n_rows, bool (*progress)(void *user, uint64_t done, uint64_t total), void *user)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; i < n_rows; i++) {
+        const struct keel_score_row *row = &r->rows->row[i];
+        for (uint32_t k = 0; k < row->n_images; k++) {
+            KEEL_TRY(keel_images_capture(r->p->images, keel_model_device(r->model), row->images[k].embeds, (uint32_t)i, k * r->n_patches));
+        }
+        if ((progress && !progress(user, (i + 1) * r->n_patches, n_rows * r->n_patches)) || keel_interrupted()) {
+            KEEL_FAIL(r->log, KEEL_INTERRUPTED, "capture stopped");
+        }
+    }
+out:
+    return st;
+}
+
+static keel_status run_rows(const struct run *r, size_t n_rows, keel_hooks *hooks,
+                            bool (*progress)(void *user, uint64_t done, uint64_t total), void *user)
+{
+    struct keel_steer_rows some = *r->rows;
+    some.n = n_rows;
+    return r->n_patches > 0 ? run_tower(r, n_rows, progress, user) : keel_steer_run(r->session, &some, hooks, progress, user);
+}
+
+// Where the site is: the model or its tower.
+static keel_status find_site(struct run *r, keel_hooks *hooks)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_capture_params *p = r->p;
+    if (p->site >= KEEL_SITE_TOWER) {
+        if (!p->images || (p->at.kind != KEEL_AT_ALL && p->at.kind != KEEL_AT_IMAGE)) {
+            KEEL_FAIL(r->log, KEEL_ERR_ARG, "%s is in the vision tower: give --mmproj, and positions all or image", keel_site_name[p->site]);
+        }
+        r->n_patches = r->cap = keel_vision_patch_count(keel_images_vision(p->images));
+        keel_hooks_use_images(hooks, p->images);
+    }
+    keel_hooks_shape(hooks, p->site, &r->n_all, &r->width);
+    r->out->width = r->width;
 out:
     return st;
 }
@@ -456,29 +516,27 @@ keel_status keel_capture_run(struct keel_capture *out, keel_session *session, st
     keel_hooks *own = NULL, *hooks = params->hooks;
     struct run r = { .session = session, .model = keel_session_model(session), .log = keel_session_log(session), .p = params, .out = out,
                      .rows = rows, .cap = keel_session_batch_tokens(session) };
-    r.width = keel_model_info(r.model)->width;
-    *out = (struct keel_capture){ .width = r.width, .site = params->site, .n_rows = rows->n };
-    KEEL_TRY(check(&r));
-    KEEL_TRY(make_results(&r));
-    KEEL_TRY(make_buffers(&r));
+    *out = (struct keel_capture){ .site = params->site, .n_rows = rows->n };
     if (!hooks) {
         KEEL_TRY(keel_hooks_create(&own, r.model));
         hooks = own;
     }
+    KEEL_TRY(find_site(&r, hooks));
+    KEEL_TRY(check(&r));
+    KEEL_TRY(make_results(&r));
+    KEEL_TRY(make_buffers(&r));
     for (uint32_t k = 0; k < out->n_layers; k++) {
         KEEL_TRY(keel_hooks_add_capture(hooks, params->site, out->layer[k].layer, params->at, capture, &r.layer[k]));
     }
     KEEL_TRY(keel_hooks_after_batch(hooks, params->at, after_batch, &r));
-    struct keel_steer_rows first = *rows;
-    first.n = 1;
     r.probing = true;
-    KEEL_TRY(keel_steer_run(session, &first, hooks, NULL, NULL));
+    KEEL_TRY(run_rows(&r, 1, hooks, NULL, NULL));
     KEEL_TRY(start_sums(&r));
     r.probing = false;
     if (params->raw) {
         KEEL_TRY(open_file(&r));
     }
-    KEEL_TRY(keel_steer_run(session, rows, hooks, progress, user));
+    KEEL_TRY(run_rows(&r, rows->n, hooks, progress, user));
     KEEL_ASSERT(r.seen == out->n_tokens);
     for (uint32_t k = 0; k < out->n_layers; k++) {
         KEEL_TRY(finish_layer(&r, k));

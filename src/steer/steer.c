@@ -47,7 +47,7 @@ static keel_status option(struct spec *s, char *word, const keel_log *log)
     }
     if (!found) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: \"%s=%s\" is not understood; use op=add|ablate|cap|floor, at=POSITIONS, "
-                  "site=pre|post|attn|mlp", s->words, word, value);
+                  "site=pre|post|attn|mlp or tower.pre and so on", s->words, word, value);
     }
 out:
     return st;
@@ -129,38 +129,56 @@ out:
     return st;
 }
 
+// The part of the model that the directions are for must be there and have their width and layers.
+static keel_status check_fit(const struct spec *s, const struct keel_directions *d, const char *part, uint32_t n_layers, uint32_t width,
+                             const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    if (n_layers == 0) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: its directions are for a vision tower, and there is none; give --mmproj", s->words);
+    }
+    if (d->width != width) {
+        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: directions of width %u, the %s's is %u; they belong to another model", s->path, d->width, part, width);
+    }
+    for (uint32_t i = 0; i < d->n; i++) {
+        if (d->at[i].layer >= n_layers) {
+            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: a direction for layer %u, the %s has layers 0 to %u", s->path, d->at[i].layer, part,
+                      n_layers - 1);
+        }
+    }
+out:
+    return st;
+}
+
 keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words)
 {
     keel_status st = KEEL_OK;
-    const keel_log *log = keel_device_log(keel_model_device(model));
+    const keel_log *log = keel_hooks_log(hooks);
     const struct keel_model_info *info = keel_model_info(model);
     struct spec s;
     struct keel_directions d = { 0 };
-    uint8_t *use = malloc(info->n_layers);
+    uint8_t *use = NULL;
+    uint32_t n_layers, width;
     KEEL_TRY(parse(&s, words, log));
     KEEL_TRY(keel_directions_read(&d, s.path, log));
+    const enum keel_site site = s.site < 0 ? d.site : (enum keel_site)s.site;
+    keel_hooks_shape(hooks, site, &n_layers, &width);
+    KEEL_TRY(check_fit(&s, &d, site >= KEEL_SITE_TOWER ? "tower" : "model", n_layers, width, log));
+    use = malloc(n_layers);
     if (!use) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for --steer %s", words);
     }
-    if (d.width != info->width) {
-        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: directions of width %u, the model's is %u; they belong to another model", s.path, d.width,
-                  info->width);
-    }
-    KEEL_TRY(keel_layers_parse(s.layers ? s.layers : "all", use, info->n_layers, log));
+    KEEL_TRY(keel_layers_parse(s.layers ? s.layers : "all", use, n_layers, log));
     if (d.model_hash != 0 && d.model_hash != keel_model_hash(model)) {
         KEEL_WARN(log, "%s: was made with another model file than %s; its directions may mean something else here", s.path, info->path);
     }
     for (uint32_t i = 0; i < d.n; i++) {
-        if (d.at[i].layer >= info->n_layers) {
-            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: a direction for layer %u, the model has layers 0 to %u", s.path, d.at[i].layer,
-                      info->n_layers - 1);
-        }
         if (use[d.at[i].layer]) {
             KEEL_TRY(add_layer(hooks, &s, &d, &d.at[i], log));
             use[d.at[i].layer] = 2;
         }
     }
-    for (uint32_t i = 0; s.layers && strcmp(s.layers, "all") != 0 && i < info->n_layers; i++) {
+    for (uint32_t i = 0; s.layers && strcmp(s.layers, "all") != 0 && i < n_layers; i++) {
         if (use[i] == 1) {
             KEEL_FAIL(log, KEEL_ERR_MISMATCH, "--steer %s: %s has no direction for layer %u", words, s.path, i);
         }
@@ -241,6 +259,10 @@ keel_status keel_steer_project(keel_session *session, struct keel_steer_rows *ro
     p.count = calloc(rows->n, sizeof *p.count);
     if (!p.layer || !p.count) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for projections of %zu rows", rows->n);
+    }
+    if (d->site >= KEEL_SITE_TOWER) {
+        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "directions at %s: projections are of the language model; capture the tower's rows instead",
+                  keel_site_name[d->site]);
     }
     if (d->width != keel_model_info(model)->width || d->at[d->n - 1].layer >= keel_model_info(model)->n_layers) {
         KEEL_FAIL(log, KEEL_ERR_MISMATCH, "directions of width %u up to layer %u do not fit a model of width %u with %u layers", d->width,

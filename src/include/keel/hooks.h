@@ -4,6 +4,7 @@
 #ifndef KEEL_HOOKS_H
 #define KEEL_HOOKS_H
 
+#include <keel/images.h>
 #include <keel/session.h>
 
 #ifdef __cplusplus
@@ -16,9 +17,14 @@ enum keel_site {
     KEEL_SITE_POST, // residual stream that leaves it
     KEEL_SITE_ATTN, // what attention adds to the residual stream: after the output projection and its norm
     KEEL_SITE_MLP,  // what the MLP adds to it, after its norm
+    KEEL_SITE_TOWER, // here the same four sites of the vision tower begin: its layers and width, its patches as tokens
+    KEEL_SITE_TOWER_PRE = KEEL_SITE_TOWER,
+    KEEL_SITE_TOWER_POST,
+    KEEL_SITE_TOWER_ATTN,
+    KEEL_SITE_TOWER_MLP,
     KEEL_N_SITES
 };
-extern KEEL_API const char *const keel_site_name[KEEL_N_SITES]; // "pre", "post", "attn", "mlp"
+extern KEEL_API const char *const keel_site_name[KEEL_N_SITES + 1]; // "pre", "post", "attn", "mlp", "tower.pre", ..., NULL
 
 // Which tokens a hook is for. Tokens of the response are those that are scored, trained on or generated; a chat's earlier
 // answers belong to its prompt when it is scored, to its response while it runs.
@@ -60,10 +66,17 @@ typedef struct keel_hooks keel_hooks;
 // An empty list for a loaded model, which must outlive it.
 KEEL_API keel_status keel_hooks_create(keel_hooks **out, keel_model *model);
 KEEL_API void keel_hooks_destroy(keel_hooks **hooks); // accepts NULL and pointers to NULL; no session may still have it
-// Adds a hook; hooks of one place act in the order they were added. Errors: ARG (layer out of range, NaN, infinity, a direction of
+// Adds a hook; hooks of one place act in the order they were added. In the vision tower all tokens are meant (KEEL_AT_ALL or
+// KEEL_AT_IMAGE). Errors: ARG (layer out of range, NaN, infinity, a direction of
 // length 0, directions that depend on each other, a floor above a cap along the same direction, more than 8 sets of positions).
 KEEL_API keel_status keel_hooks_add(keel_hooks *hooks, const struct keel_hook_params *params);
 KEEL_API size_t keel_hooks_count(const keel_hooks *hooks);
+// Lets hooks sit in the vision tower of these images, which from now on runs with those of the list: before that, and without images,
+// such hooks are refused. Images encoded so far are due again. `hooks` and `images` outlive each other's use. To be called before
+// hooks of the tower are added.
+KEEL_API void keel_hooks_use_images(keel_hooks *hooks, keel_images *images);
+// Layers and width at a site; 0 for sites of a tower that the list does not know.
+KEEL_API void keel_hooks_shape(const keel_hooks *hooks, enum keel_site site, uint32_t *n_layers, uint32_t *width);
 
 // Runs the session with these hooks from now on; NULL: without. Borrowed, and not to be added to while in use. Count in everything
 // the session does; in keel_session_kl() only for the adapted model. The cache of the present sequence is kept as it is.

@@ -51,6 +51,7 @@ typedef struct keel_images keel_images;
 KEEL_API keel_status keel_images_create(keel_images **out, const keel_model *model, const char *mmproj, const keel_log *log);
 KEEL_API void keel_images_destroy(keel_images **images); // accepts NULL and pointers to NULL; prompts with its images die with it
 KEEL_API uint32_t keel_images_tokens(const keel_images *images); // soft tokens an image
+KEEL_API uint32_t keel_images_layers(const keel_images *images); // of the tower
 // Takes note of a file. *embeds, valid as long as `images`, is filled in by keel_images_encode(). Errors: NO_MEMORY.
 KEEL_API keel_status keel_images_add(keel_images *images, const char *path, const float **embeds);
 // Adds all images that the rows of a JSONL file name, so that they can be encoded before a model takes the device's memory.

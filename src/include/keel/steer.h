@@ -44,6 +44,7 @@ struct keel_capture_params {
     bool raw_f16;               // as F16 rather than F32
     const char *const *raw_ids; // [n rows] ids for the file, or NULL
     keel_hooks *hooks;          // steer at the same time: an own list that captures may be added to, used up by the call; or NULL
+    keel_images *images;        // sites in the vision tower: where the rows' images come from. `at` is all or image there: every patch
 };
 struct keel_capture_layer {
     uint32_t layer;
