@@ -43,6 +43,7 @@ static json_t *caps_json(const struct keel_caps *c)
     json_object_set_new(o, "timestamp_ns", json_real(c->timestamp_ns));
     json_object_set_new(o, "gflops", json_real(c->gflops));
     json_object_set_new(o, "gbps", json_real(c->gbps));
+    json_object_set_new(o, "matvec_gbps", json_real(c->matvec_gbps));
     return o;
 }
 
@@ -59,7 +60,7 @@ static void print_caps(const struct keel_caps *c)
            c->storage16 ? ", 16-bit storage" : "", c->storage8 ? ", 8-bit storage" : "", c->float16 ? ", f16" : "",
            c->int8 ? ", int8" : "", c->int_dot ? ", integer dot" : "", c->timestamps ? ", timestamps" : "");
     if (c->gflops > 0) {
-        printf("   measured    %.1f GFLOP/s fp32, %.1f GB/s copy\n", c->gflops, c->gbps);
+        printf("   measured    %.1f GFLOP/s fp32, %.1f GB/s copy, %.2f GB/s of 4-bit weights\n", c->gflops, c->gbps, c->matvec_gbps);
     }
 }
 
@@ -74,7 +75,7 @@ static struct keel_caps probe(const struct devices_args *a, const struct keel_ca
     snprintf(select, sizeof select, "%u", listed->index);
     common.device = select;
     if (context_open_device(&c, &common) == KEEL_OK) {
-        if (!a->no_measure) {
+        if (!a->no_measure && keel_device_caps(c.dev)->matvec_gbps <= 0) {
             keel_device_measure(c.dev);
         }
         caps = *keel_device_caps(c.dev);
@@ -84,24 +85,34 @@ static struct keel_caps probe(const struct devices_args *a, const struct keel_ca
     return caps;
 }
 
+static int by_speed(const void *x, const void *y)
+{
+    const struct keel_caps *a = x, *b = y;
+    const double na = keel_device_weight_ns(a), nb = keel_device_weight_ns(b);
+    return na != nb ? (na < nb ? -1 : 1) : (int)a->index - (int)b->index;
+}
+
 static int devices_run(const void *args)
 {
     const struct devices_args *a = args;
     const keel_log log = cli_log(&a->common);
     struct keel_caps list[16];
     size_t n = 0;
-    json_t *out = json_array();
     const keel_status st = keel_device_list(list, 16, &n, &log);
     if (st != KEEL_OK) {
-        json_decref(out);
         return exit_code(st);
     }
-    for (size_t i = 0; i < n && i < 16; i++) {
-        const struct keel_caps caps = probe(a, &list[i]);
+    n = n < 16 ? n : 16;
+    for (size_t i = 0; i < n; i++) {
+        list[i] = probe(a, &list[i]);
+    }
+    qsort(list, n, sizeof list[0], by_speed);
+    json_t *out = json_array();
+    for (size_t i = 0; i < n; i++) {
         if (a->json) {
-            json_array_append_new(out, caps_json(&caps));
+            json_array_append_new(out, caps_json(&list[i]));
         } else {
-            print_caps(&caps);
+            print_caps(&list[i]);
         }
     }
     if (a->json) {
@@ -121,7 +132,7 @@ static const struct arg_option options[] = {
     OPTIONS_LOG,
 };
 const struct arg_command cmd_devices = {
-    .name = "devices", .summary = "list Vulkan devices with limits, features and measured speed", .usage = "[--json]",
+    .name = "devices", .summary = "list Vulkan devices with limits, features and measured speed, the fastest first", .usage = "[--json]",
     .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct devices_args),
     .run = devices_run,
 };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// device/speed.c: how fast this device computes and moves memory, by two micro-kernels (shaders/device), and the file in the
+// device/speed.c: how fast this device computes and moves memory, by three micro-kernels (shaders/device), and the file in the
 // cache folder that remembers it. The numbers choose a device and start the recorder's estimates; they are no benchmark.
 #include "internal.h"
 
@@ -40,19 +40,21 @@ static bool sane(double x, double lo, double hi)
 bool keel_speed_load(keel_device *dev)
 {
     char path[4096];
-    double gflops = 0.0, gbps = 0.0, flops = 0.0, bytes = 0.0;
+    double gflops = 0.0, gbps = 0.0, matvec = 0.0, flops = 0.0, bytes = 0.0;
     int exchange = 0;
     FILE *f = keel_device_cache_path(dev, "speed", path, sizeof(path)) ? fopen(path, "r") : NULL;
     if (!f) {
         return false;
     }
-    const int n = fscanf(f, "keel-speed 2 %lf %lf %lf %lf exchange %d", &gflops, &gbps, &flops, &bytes, &exchange);
+    const int n = fscanf(f, "keel-speed 3 %lf %lf %lf %lf %lf exchange %d", &gflops, &gbps, &matvec, &flops, &bytes, &exchange);
     (void)fclose(f);
-    if (n != 5 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(flops, 1e8, 1e15) || !sane(bytes, 1e8, 1e14)) {
+    if (n != 6 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(matvec, 0.0, 1e6) || !sane(flops, 1e8, 1e15)
+        || !sane(bytes, 1e8, 1e14)) {
         return false;
     }
     dev->caps.gflops = gflops;
     dev->caps.gbps = gbps;
+    dev->caps.matvec_gbps = matvec;
     dev->rate_flops = dev->saved_flops = flops;
     dev->rate_bytes = dev->saved_bytes = bytes;
     dev->caps.exchange = dev->caps.exchange && exchange;
@@ -69,8 +71,8 @@ void keel_speed_save(const keel_device *dev)
         || !keel_device_cache_path(dev, "speed", path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
         return;
     }
-    fprintf(file.f, "keel-speed 2 %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->rate_flops,
-            dev->rate_bytes, dev->caps.exchange);
+    fprintf(file.f, "keel-speed 3 %.4g %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->caps.matvec_gbps,
+            dev->rate_flops, dev->rate_bytes, dev->caps.exchange);
     (void)keel_file_commit(&file, &quiet);
 }
 
@@ -126,12 +128,17 @@ out:
     return st;
 }
 
+// Bytes for one of two buffers: a quarter of what may still be used.
+static uint64_t buffer_bytes(const keel_device *dev)
+{
+    const uint64_t left = dev->memory_limit ? dev->memory_limit - KEEL_MIN(dev->bytes_now, dev->memory_limit) : UINT64_MAX;
+    return KEEL_MIN(KEEL_MIN((uint64_t)COPY_BYTES, dev->caps.max_range), left / 4);
+}
+
 static keel_status measure_copy(keel_device *dev, keel_recorder *rec, keel_heap *heap, double *bytes)
 {
     keel_status st = KEEL_OK;
-    const uint64_t left = dev->memory_limit ? dev->memory_limit - KEEL_MIN(dev->bytes_now, dev->memory_limit) : UINT64_MAX;
-    const uint64_t most = KEEL_MIN(KEEL_MIN((uint64_t)COPY_BYTES, dev->caps.max_range), left / 4);
-    const uint32_t groups = (uint32_t)(most / (LANES * 16));
+    const uint32_t groups = (uint32_t)(buffer_bytes(dev) / (LANES * 16));
     struct keel_span x, y;
     KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * LANES * 16, &x));
     KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * LANES * 16, &y));
@@ -145,18 +152,41 @@ out:
     return st;
 }
 
+static keel_status measure_matvec(keel_device *dev, keel_recorder *rec, keel_heap *heap, double *bytes)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t words = 256;        // of eight weights: rows of 2048
+    const uint32_t group = LANES * 2 * words * 4; // bytes: two rows a lane
+    const uint32_t groups = (uint32_t)KEEL_MAX(buffer_bytes(dev) / group, 1u);
+    struct keel_span w, x, y;
+    KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * group, &w));
+    KEEL_TRY(keel_heap_alloc(heap, words * 8 * 4, &x));
+    KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * LANES * 8, &y));
+    struct keel_dispatch d = {.shader = &keel_sh_device_matvec, .spec = {LANES}, .n_spec = 1,
+                              .bind = {{w, KEEL_READ}, {x, KEEL_READ}, {y, KEEL_WRITE}}, .n_bind = 3, .push = &words,
+                              .push_bytes = sizeof(words), .groups = {KEEL_MIN(groups, 8u), 1, 1}, .label = "measure matvec"};
+    keel_record_fill(rec, w, 0x3a3a3a3au);
+    keel_record_fill(rec, x, 0x3f800000u);
+    KEEL_TRY(best_rate(rec, &d, groups, group, bytes));
+out:
+    return st;
+}
+
 keel_status keel_device_measure(keel_device *dev)
 {
     keel_status st = KEEL_OK;
     keel_recorder *rec = NULL;
     keel_heap *heap = NULL;
-    double flops = 0.0, bytes = 0.0;
+    double flops = 0.0, bytes = 0.0, matvec = 0.0;
     KEEL_TRY(keel_recorder_create(&rec, dev, NULL));
     KEEL_TRY(keel_heap_create(&heap, dev, KEEL_HEAP_DEVICE, "measurement"));
     KEEL_TRY(measure_mad(dev, rec, heap, &flops));
     KEEL_TRY(measure_copy(dev, rec, heap, &bytes));
+    keel_heap_reset(heap);
+    KEEL_TRY(measure_matvec(dev, rec, heap, &matvec));
     dev->caps.gflops = flops * 1e-9;
     dev->caps.gbps = bytes * 1e-9;
+    dev->caps.matvec_gbps = matvec * 1e-9;
     // Real kernels reach a part of the peak (portability.md 3.1); submissions correct it.
     dev->rate_flops = KEEL_MAX(flops / 8.0, 1e8);
     dev->rate_bytes = KEEL_MAX(bytes / 2.0, 1e8);

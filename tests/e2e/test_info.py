@@ -2,6 +2,7 @@
 """info, the memory plan, devices, help and usage."""
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,21 @@ def test_devices_json(keel):
     devices = keel("devices", "--json").json
     devices = devices["devices"] if isinstance(devices, dict) else devices
     assert devices and all("name" in d for d in devices)
+
+
+def test_devices_are_ordered_by_measured_speed(keel, tmp_path):
+    """Two drivers in either order: the same order of speed, the number is that of --device, and measuring is done once."""
+    drivers = ["/usr/lib/chromium/vk_swiftshader_icd.json", *map(str, Path("/usr/share/vulkan/icd.d").glob("lvp_icd.*.json"))]
+    if len(drivers) != 2 or not all(Path(d).is_file() for d in drivers):
+        pytest.skip("needs lavapipe and SwiftShader")
+    tmp_path.joinpath("cache").mkdir()
+    seen = []
+    for order in (drivers, drivers[::-1], drivers):
+        j = keel("devices", "--json", env={"VK_ICD_FILENAMES": ":".join(order), "XDG_CACHE_HOME": str(tmp_path / "cache")}).json
+        cost = [20 / d["gflops"] + 0.6 / min(d["matvec_gbps"], d["gbps"]) for d in j]
+        assert len(j) == 2 and cost == sorted(cost)
+        seen.append([d["name"] for d in j])
+    assert "llvmpipe" in seen[0][0] and seen[0] == seen[1] == seen[2], "SwiftShader is several times slower at everything"
 
 
 def test_no_vulkan_device(keel, tiny_a, tmp_path):

@@ -50,6 +50,7 @@ struct keel_caps {
     double timestamp_ns;        // nanoseconds a tick
     double gflops;              // measured fp32 multiply-adds, 10^9 FLOP/s; 0 until keel_device_measure()
     double gbps;                // measured copy bandwidth, 10^9 bytes/s (read + write); 0 until measured
+    double matvec_gbps;         // measured product of 4-bit weights with a vector, 10^9 bytes of weights a second; 0 until measured
 };
 
 // Lists the Vulkan devices of this machine into `out` (room for `cap`); `*n` is how many there are, even if above `cap`.
@@ -75,9 +76,12 @@ KEEL_API void keel_device_destroy(keel_device **dev);
 
 // Capabilities as used. Valid as long as the device.
 KEEL_API const struct keel_caps *keel_device_caps(const keel_device *dev);
-// Measures fp32 throughput and copy bandwidth with keel's own micro-kernels (well below a second), fills the caps and
-// remembers the result on disk. Errors: DEVICE, DEVICE_LOST.
+// Measures fp32 throughput, copy bandwidth and a product of 4-bit weights with keel's own micro-kernels (well below a second), fills
+// the caps and remembers the result on disk. Errors: DEVICE, DEVICE_LOST.
 KEEL_API keel_status keel_device_measure(keel_device *dev);
+// What devices are ordered by: nanoseconds a weight that measured speeds promise for a mix of decoding and prompts; less is faster.
+// Infinite until measured.
+KEEL_API double keel_device_weight_ns(const struct keel_caps *caps);
 
 // Memory held now and the highest so far, in bytes of device memory.
 KEEL_API void keel_device_memory(const keel_device *dev, uint64_t *now, uint64_t *peak);
