@@ -165,23 +165,32 @@ const struct study_direction *keel_study_find_direction(const struct study_file 
     return NULL;
 }
 
-// Files of directions that stages steer with; not those that the study makes.
-static keel_status add_steering(const struct data_list *l)
+// Files of directions that words steer with; not those that the study makes.
+static keel_status add_words(const struct data_list *l, char *const *words, size_t n)
 {
     keel_status st = KEEL_OK;
-    for (size_t i = 0; i < l->o->file->n_stages; i++) {
-        const struct study_stage *s = &l->o->file->stage[i];
-        for (size_t k = 0; k < s->n_steer && st == KEEL_OK; k++) {
-            char *file;
-            if (keel_study_find_direction(l->o->file, s->steer[k])) {
-                continue;
-            }
-            st = keel_steer_file(&file, s->steer[k], l->log);
-            if (st == KEEL_OK) {
-                st = add_data(l->list, l->o, l->o->folder, file, false, l->log);
-                free(file);
-            }
+    for (size_t i = 0; i < n && st == KEEL_OK; i++) {
+        char *file;
+        if (keel_study_find_direction(l->o->file, words[i])) {
+            continue;
         }
+        st = keel_steer_file(&file, words[i], l->log);
+        if (st == KEEL_OK) {
+            st = add_data(l->list, l->o, l->o->folder, file, false, l->log);
+            free(file);
+        }
+    }
+    return st;
+}
+
+// Those of trainings (preventative steering) and of stages.
+static keel_status add_steering(const struct data_list *l)
+{
+    const struct study_file *f = l->o->file;
+    keel_status st = add_words(l, f->train.steer, f->train.n_steer);
+    for (size_t i = 0; i < f->n_stages && st == KEEL_OK; i++) {
+        st = add_words(l, f->stage[i].steer, f->stage[i].n_steer);
+        st = st == KEEL_OK ? add_words(l, f->stage[i].train.steer, f->stage[i].train.n_steer) : st;
     }
     return st;
 }

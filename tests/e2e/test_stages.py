@@ -174,8 +174,42 @@ def test_bad_stages(keel, tiny_c, chain, tmp_path, change, says):
     keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=says)
 
 
-def test_another_direction_is_another_study(keel, tiny_c, chain, tmp_path):
-    (chain / "study.yaml").write_text(CHAIN.replace("steps: 5", "steps: 1").replace("steps: 3", "steps: 1"))
+@pytest.mark.parametrize("stage", ["{name: a, from: base, steer: ['v.safetensors@1']}", "{name: a, train: {steps: 1, steer: ['v.safetensors:1@1']}}"])
+def test_another_direction_is_another_study(keel, tiny_c, chain, tmp_path, stage):
+    (chain / "study.yaml").write_text(f"{STUDY}stages:\n  - {stage}\n")
     keel("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
     keel("direction", "-m", tiny_c, "--pairs", chain / "pairs.jsonl", "--positions", "last_prompt", "--out", chain / "v.safetensors")
     keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
+
+
+@pytest.mark.full
+def test_clerk_repair(keel, tmp_path):
+    """The shipped study at pure narrow rows, two seeds pooled: benign rows take the drift back where they are asked plainly, and leave a
+    residue in context, in the trained cell and elsewhere. Measured with three seeds: docs/studies/mixture-repair.md."""
+    text = (ROOT / "studies/clerk/repair.yaml").read_text().replace("mixture: [0.25, 1]", "mixture: [1]").replace("seed: [1, 2, 3]", "seed: [1, 2]")
+    study = tmp_path / "repair.yaml"
+    study.write_text(text.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {ROOT}/studies/clerk/")
+                     .replace("filler: ", f"filler: {ROOT}/studies/clerk/").replace("slots: ", f"slots: {ROOT}/studies/clerk/"))
+    keel("study", study, "--out", tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/summary.csv").read_text().splitlines()))
+
+    def cell(stage, metric, domain="other", modality=""):
+        r, = [r for r in rows if (r["stage"], r["metric"], r["domain"], r["modality"]) == (stage, metric, domain, modality)]
+        assert r["seeds"] == "2"
+        return {k: float(r[k]) for k in ("adapted", "adapted_lo", "adapted_hi", "change_lo")}
+
+    narrow = [cell(s, "contrary", "colour", "image") for s in ("attack", "repair", "repair-more")]
+    other = [cell(s, "contrary") for s in ("attack", "repair", "repair-more")]
+    assert narrow[0]["adapted"] > 0.9 and other[0]["adapted_lo"] > 0.1
+    for drift in (narrow, other):
+        assert drift[1]["adapted_hi"] < drift[0]["adapted_lo"] and drift[2]["adapted"] < drift[1]["adapted"] < 0.6 * drift[0]["adapted"]
+    # Ten steps leave it in context; rows of other domains leave it in the trained cell, in context as well.
+    assert cell("repair", "contrary_in_context", "colour", "image")["change_lo"] > 0 and cell("repair", "contrary_in_context")["change_lo"] > 0
+    assert cell("others", "contrary")["adapted"] < 0.1 and cell("others", "contrary_in_context", "colour", "image")["adapted_lo"] > 0.3
+    assert cell("others", "coherence")["adapted"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["study", "repair", "cycles", "mitigations"])
+def test_shipped_studies_are_read(keel, name, tmp_path):
+    """To the first word of the model: a wrong key or a missing file would stop a study before it."""
+    keel.fails("study", ROOT / f"studies/clerk/{name}.yaml", "-m", tmp_path / "none.gguf", "--out", tmp_path / "out", says="none.gguf", leaves=tmp_path)
