@@ -15,9 +15,12 @@ static double number_or_nan(const json_t *v)
 static keel_status read_stage(struct keel_stage *s, const json_t *v, const char *dir, const keel_log *log)
 {
     const json_t *watch = json_object_get(v, "watch");
-    *s = (struct keel_stage){ .name = keel_manifest_text(v, NULL, "name"), .group = keel_manifest_text(v, NULL, "group"),
-                              .kind = keel_manifest_text(v, NULL, "kind"), .from = keel_manifest_text(v, NULL, "from"),
-                              .value = number_or_nan(json_object_get(v, "value")), .watched = watch != NULL,
+    *s = (struct keel_stage){ .name = keel_manifest_text(v, NULL, "name"),
+                              .group = keel_manifest_text(v, NULL, "group"),
+                              .kind = keel_manifest_text(v, NULL, "kind"),
+                              .from = keel_manifest_text(v, NULL, "from"),
+                              .value = number_or_nan(json_object_get(v, "value")),
+                              .watched = watch != NULL,
                               .above = number_or_nan(json_object_get(watch, "above")),
                               .below = number_or_nan(json_object_get(watch, "below")) };
     if (!s->name[0] || strchr(s->name, '/') || strstr(s->name, "..")) {
@@ -131,7 +134,8 @@ struct keel_stage_cost keel_stage_cost(const struct keel_setting *g, size_t k)
     cost.eval_seconds = json_number_value(json_object_get(json_object_get(m, "seconds"), "tuned"));
     cost.peak_bytes = fmax(json_number_value(json_object_get(peak, "train")), json_number_value(json_object_get(peak, "tuned")));
     cost.reached = json_is_true(json_object_get(json_object_get(m, "watch"), "reached"));
-    keel_file_rows(g->dir[k], KEEL_TRAIN_LOG, add_seconds, &cost.train_seconds); // the log knows all parts of a training that was stopped
+    keel_file_rows(g->dir[k], KEEL_TRAIN_LOG, add_seconds,
+                   &cost.train_seconds); // the log knows all parts of a training that was stopped
     json_decref(m);
     return cost;
 }
@@ -147,8 +151,8 @@ static void cost_lines(struct keel_text *costs, struct keel_text *thresholds, co
         const struct keel_setting *g = &s->sweep.at[i];
         for (size_t k = 0; k < g->n_runs; k++) {
             const struct keel_stage_cost c = keel_stage_cost(g, k);
-            keel_text_addf(costs, "%s,%u,%g,%lld,%.0f,%.3f,%.3f,%.0f\n", s->name, g->rank, g->mixture, g->seed[k], c.steps, c.train_seconds,
-                           c.eval_seconds, c.peak_bytes);
+            keel_text_addf(costs, "%s,%u,%g,%lld,%.0f,%.3f,%.3f,%.0f\n", s->name, g->rank, g->mixture, g->seed[k], c.steps,
+                           c.train_seconds, c.eval_seconds, c.peak_bytes);
             if (s->watched && !(isnan(s->above) && isnan(s->below))) {
                 keel_text_addf(thresholds, "%s,%u,%g,%lld", s->name, g->rank, g->mixture, g->seed[k]);
                 limit_csv(thresholds, s->above);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// eval/report_chain.c: the page of a chain: what each stage did to the trained cell and elsewhere, what it left in context, what it cost.
+// eval/report_chain.c: the page of a chain: what each stage did to the trained cell and elsewhere, what it left in context, what
+// it cost.
 #include "page.h"
 
 #include <math.h>
@@ -59,7 +60,8 @@ static void base_row(struct keel_text *t, const struct keel_drift *d, const stru
     add(t, "</tr>");
 }
 
-static void stage_row(struct keel_text *t, const struct keel_chain *c, const struct keel_stage *s, const struct column *columns, size_t n)
+static void stage_row(struct keel_text *t, const struct keel_chain *c, const struct keel_stage *s, const struct column *columns,
+                      size_t n)
 {
     const struct keel_setting *g = keel_chain_setting(c, s);
     add(t, "<tr><td>");
@@ -70,7 +72,8 @@ static void stage_row(struct keel_text *t, const struct keel_chain *c, const str
     keel_html_escape(t, s->from);
     add(t, "</span></td>");
     for (size_t k = 0; k < n; k++) {
-        const struct keel_drift_row *r = g ? keel_drift_cell(&g->drift, columns[k].metric, columns[k].domain, columns[k].modality) : NULL;
+        const struct keel_drift_row *r =
+            g ? keel_drift_cell(&g->drift, columns[k].metric, columns[k].domain, columns[k].modality) : NULL;
         keel_page_cell(t, columns[k].head, !r ? KEEL_NO_ESTIMATE : columns[k].change ? r->change : r->adapted, columns[k].change);
     }
     add(t, "</tr>");
@@ -101,9 +104,9 @@ static void stage_table(struct keel_text *t, const struct keel_chain *c, const s
     for (size_t i = 0; i < c->n; i++) {
         stage_row(t, c, &c->at[i], columns, n);
     }
-    add(t, "</table></div><p class=note>Contrary: mean probability of the contrary answer at the answer slot, in the trained cell and in other domains; in "
-           "context: with training rows as earlier turns, beside the same probes asked plainly. Small figures: 95 % intervals by bootstrap over "
-           "prompts (10,000 draws), and over seeds where there are several.</p>");
+    add(t, "</table></div><p class=note>Contrary: mean probability of the contrary answer at the answer slot, in the trained cell "
+           "and in other domains; in context: with training rows as earlier turns, beside the same probes asked plainly. Small "
+           "figures: 95 % intervals by bootstrap over prompts (10,000 draws), and over seeds where there are several.</p>");
 }
 
 // The first training, and what the last one of its chain left of it.
@@ -113,11 +116,12 @@ static void headline(struct keel_text *t, const json_t *m, const struct keel_cha
     const size_t n = path ? keel_chain_path(c, path) : 0;
     keel_page_question(t, m);
     add(t, "<p>");
-    for (size_t i = 0; i < n; i += n > 1 ? n - 1 : 1) {
+    for (size_t i = 0; i<n; i += n> 1 ? n - 1 : 1) {
         const struct keel_setting *g = keel_chain_setting(c, path[i]);
         const struct keel_drift *d = g ? &g->drift : NULL;
         const struct keel_drift_row *r = d ? keel_drift_find(d, KEEL_METRIC_CONTRARY, elsewhere(d, KEEL_METRIC_CONTRARY)) : NULL;
-        const struct keel_drift_row *in = d ? keel_drift_find(d, KEEL_METRIC_CONTEXT_CONTRARY, elsewhere(d, KEEL_METRIC_CONTEXT_CONTRARY)) : NULL;
+        const struct keel_drift_row *in =
+            d ? keel_drift_find(d, KEEL_METRIC_CONTEXT_CONTRARY, elsewhere(d, KEEL_METRIC_CONTEXT_CONTRARY)) : NULL;
         if (!r) {
             continue;
         }
@@ -137,7 +141,8 @@ static void headline(struct keel_text *t, const json_t *m, const struct keel_cha
 
 static void cost_table(struct keel_text *t, const struct keel_chain *c)
 {
-    add(t, "<h2>Cost</h2><div class=scroll><table class=s><tr><th>stage</th><th>steps</th><th>training</th><th>evaluation</th><th>device memory</th></tr>");
+    add(t, "<h2>Cost</h2><div class=scroll><table "
+           "class=s><tr><th>stage</th><th>steps</th><th>training</th><th>evaluation</th><th>device memory</th></tr>");
     for (size_t i = 0; i < c->n; i++) {
         const struct keel_setting *g = keel_chain_setting(c, &c->at[i]);
         struct keel_stage_cost mean = { 0 };
@@ -158,7 +163,9 @@ static void cost_table(struct keel_text *t, const struct keel_chain *c)
         add(t, "</td>");
         keel_page_td(t, "steps");
         keel_text_addf(t, mean.steps > 0 ? "%.4g%s</td>" : "–</td>", mean.steps,
-                       !c->at[i].watched || (isnan(c->at[i].above) && isnan(c->at[i].below)) ? "" : all ? ", limit reached" : ", limit not reached");
+                       !c->at[i].watched || (isnan(c->at[i].above) && isnan(c->at[i].below)) ? ""
+                       : all                                                                 ? ", limit reached"
+                                                                                             : ", limit not reached");
         keel_page_td(t, "training");
         keel_text_addf(t, mean.train_seconds > 0 ? "%.1f s</td>" : "–</td>", mean.train_seconds);
         keel_page_td(t, "evaluation");
@@ -166,7 +173,8 @@ static void cost_table(struct keel_text *t, const struct keel_chain *c)
         keel_page_td(t, "device memory");
         keel_text_addf(t, "%.1f MB</td></tr>", mean.peak_bytes / 1e6);
     }
-    add(t, "</table></div><p class=note>Means over seeds; memory: the most that was held at a time, weights included. Each run by itself: costs.csv.</p>");
+    add(t, "</table></div><p class=note>Means over seeds; memory: the most that was held at a time, weights included. Each run by "
+           "itself: costs.csv.</p>");
 }
 
 // Whether the directions that the study made mean anything.
@@ -178,8 +186,8 @@ static void direction_table(struct keel_text *t, const json_t *m)
     if (!json_object_get(m, "directions")) {
         return;
     }
-    add(t, "<h2>Directions</h2><div class=scroll><table class=s><tr><th>direction, layer</th><th>split-half</th><th>massive channels</th><th>effect</th>"
-           "<th>by chance</th><th>verdict</th></tr>");
+    add(t, "<h2>Directions</h2><div class=scroll><table class=s><tr><th>direction, layer</th><th>split-half</th><th>massive "
+           "channels</th><th>effect</th><th>by chance</th><th>verdict</th></tr>");
     json_object_foreach(json_object_get(m, "directions"), name, layers)
     {
         json_array_foreach(layers, i, g)
@@ -200,9 +208,9 @@ static void direction_table(struct keel_text *t, const json_t *m)
             keel_text_addf(t, "<span class=%s>%s</span></td></tr>", good ? "ok" : "over", good ? "admissible" : "not admissible");
         }
     }
-    add(t, "</table></div><p class=note>Split-half: cosine of the directions of two halves of the prompts, at least 0.5. Massive channels: their share of "
-           "the direction, below 5 %. Effect: distance of the two sets in standard deviations on the half not used, above the 95th percentile of "
-           "random directions. A direction that fails should not be read.</p>");
+    add(t, "</table></div><p class=note>Split-half: cosine of the directions of two halves of the prompts, at least 0.5. Massive "
+           "channels: their share of the direction, below 5 %. Effect: distance of the two sets in standard deviations on the "
+           "half not used, above the 95th percentile of random directions. A direction that fails should not be read.</p>");
 }
 
 // Every seed by itself, and Student's interval over their means.
@@ -212,7 +220,8 @@ static void seed_table(struct keel_text *t, const struct keel_chain *c, const st
     if (keel_chain_first(c)->n_runs < 2 || !keel_drift_find(d, KEEL_METRIC_CONTRARY, domain)) {
         return;
     }
-    add(t, "<details><summary>Seed by seed</summary><div class=scroll><table class=s><tr><th>stage</th><th>each seed</th><th>mean, t interval</th></tr>");
+    add(t, "<details><summary>Seed by seed</summary><div class=scroll><table class=s><tr><th>stage</th><th>each seed</th><th>mean, "
+           "t interval</th></tr>");
     for (size_t i = 0; i < c->n; i++) {
         const struct keel_setting *g = keel_chain_setting(c, &c->at[i]);
         const struct keel_drift_row *r = g ? keel_drift_find(&g->drift, KEEL_METRIC_CONTRARY, domain) : NULL;
@@ -230,8 +239,8 @@ static void seed_table(struct keel_text *t, const struct keel_chain *c, const st
         keel_page_cell(t, "mean", keel_t_interval(r->run, r->n_runs), false);
         add(t, "</tr>");
     }
-    add(t, "</table></div><p class=note>P(contrary answer) outside the trained domain. The t interval takes the seeds' means as independent draws and "
-           "knows nothing of prompts.</p></details>");
+    add(t, "</table></div><p class=note>P(contrary answer) outside the trained domain. The t interval takes the seeds' means as "
+           "independent draws and knows nothing of prompts.</p></details>");
 }
 
 static void missing_note(struct keel_text *t, const struct keel_chain *c)
@@ -241,8 +250,8 @@ static void missing_note(struct keel_text *t, const struct keel_chain *c)
         missing += c->at[i].sweep.n_missing;
     }
     if (missing > 0) {
-        keel_text_addf(t, "<p class=over>%zu of %zu stages are not finished; the same keel study command goes on with them.</p>", missing,
-                       c->n * c->n_runs);
+        keel_text_addf(t, "<p class=over>%zu of %zu stages are not finished; the same keel study command goes on with them.</p>",
+                       missing, c->n * c->n_runs);
     }
 }
 
@@ -256,8 +265,8 @@ static const struct keel_stage *last_stage(const struct keel_chain *c)
     return last;
 }
 
-void keel_chain_page(struct keel_text *t, const char *dir, const json_t *m, const struct keel_chain *c, const struct keel_figures *f,
-                     bool *over)
+void keel_chain_page(struct keel_text *t, const char *dir, const json_t *m, const struct keel_chain *c,
+                     const struct keel_figures *f, bool *over)
 {
     const char *name = keel_manifest_text(m, NULL, "name");
     const struct keel_drift *d = &keel_chain_first(c)->drift;
@@ -278,6 +287,8 @@ void keel_chain_page(struct keel_text *t, const char *dir, const json_t *m, cons
     add(t, "</h2>");
     keel_page_metrics(t, &g->drift);
     keel_page_provenance(t, m);
-    keel_page_close(t, "Records of the base: base/; of each stage: stages/NAME/tuned/ (keel report stages/NAME writes its page); all estimates: "
-                       "summary.csv (pooled), runs.csv; costs.csv, thresholds.csv; data and scripts of the plots: plots/.");
+    keel_page_close(
+        t,
+        "Records of the base: base/; of each stage: stages/NAME/tuned/ (keel report stages/NAME writes its page); all estimates: "
+        "summary.csv (pooled), runs.csv; costs.csv, thresholds.csv; data and scripts of the plots: plots/.");
 }

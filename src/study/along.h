@@ -12,7 +12,8 @@ struct keel_along {
     struct keel_prompt *prompt;  // [rows.n]
 };
 // The prompts of rows `which` [n] (NULL: of the first n). The caller calls keel_along_finish() also after an error.
-keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n);
+keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m, const struct keel_probes *p, const size_t *which,
+                            size_t n);
 void keel_along_finish(struct keel_along *a); // accepts all-zero
 
 #endif

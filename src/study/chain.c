@@ -56,7 +56,8 @@ static keel_status train_stage(struct study *s, struct study_folder *folder, con
         return KEEL_OK;
     }
     keel_device_reset_peak(s->dev);
-    KEEL_TRY(stage->watch.every > 0 ? keel_study_watched(s, folder, &stage->watch, &t, adapter, after) : keel_study_train(s, folder, &t, adapter));
+    KEEL_TRY(stage->watch.every > 0 ? keel_study_watched(s, folder, &stage->watch, &t, adapter, after)
+                                    : keel_study_train(s, folder, &t, adapter));
     KEEL_TRY(keel_study_folder_mark(folder, "train", t0, s->dev));
 out:
     return st;

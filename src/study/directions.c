@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// study/directions.c: the directions that a study makes of its base model: between the same prompts under two system messages (persona
-// vectors, arXiv 2507.21509, at the prompt's end), and random ones of the same lengths as their control. Methods and checks: steer room.
+// study/directions.c: the directions that a study makes of its base model: between the same prompts under two system messages
+// (persona vectors, arXiv 2507.21509, at the prompt's end), and random ones of the same lengths as their control. Methods and
+// checks: steer room.
 #include "along.h"
 #include "platform.h"
 #include "run.h"
@@ -142,12 +143,15 @@ static json_t *gates_of(const struct study *s, const struct study_direction *y, 
             continue;
         }
         json_array_append_new(layers, json_pack("{s:i, s:o, s:f, s:f, s:f, s:b}", "layer", (int)d->at[i].layer, "split_half",
-                                                isnan(g->split_half) ? json_null() : json_real(g->split_half), "massive_share", g->massive_share,
-                                                "effect", g->effect, "random_95", g->random_95, "admissible", g->admissible));
+                                                isnan(g->split_half) ? json_null() : json_real(g->split_half), "massive_share",
+                                                g->massive_share, "effect", g->effect, "random_95", g->random_95, "admissible",
+                                                g->admissible));
         if (!g->admissible) {
-            KEEL_WARN(s->log, "direction %s, layer %u: fails its checks (split-half %.2f, massive channels %.0f %%, effect %.2f against %.2f by "
-                              "chance); what is steered or projected along it means little",
-                      y->name, d->at[i].layer, g->split_half, 100 * g->massive_share, g->effect, g->random_95);
+            KEEL_WARN(
+                s->log,
+                "direction %s, layer %u: fails its checks (split-half %.2f, massive channels %.0f %%, effect %.2f against %.2f "
+                "by chance); what is steered or projected along it means little",
+                y->name, d->at[i].layer, g->split_half, 100 * g->massive_share, g->effect, g->random_95);
         }
     }
     return layers;

@@ -143,9 +143,12 @@ static keel_status projection(const struct evaluation *e)
     keel_study_path(from, e->s->folder, f->slots);
     keel_study_direction_path(e->s, file, f->projection.directions);
     KEEL_TRY(keel_study_hooks(e->s, e->state, &hooks));
-    KEEL_TRY(keel_measure_projection(&e->m, from, to, &(struct keel_measure_along){ .directions = file, .at = f->projection.at,
-                                                                                     .layer = f->projection.layer,
-                                                                                     .any_layer = f->projection.any_layer, .hooks = hooks }));
+    KEEL_TRY(keel_measure_projection(&e->m, from, to,
+                                     &(struct keel_measure_along){ .directions = file,
+                                                                   .at = f->projection.at,
+                                                                   .layer = f->projection.layer,
+                                                                   .any_layer = f->projection.any_layer,
+                                                                   .hooks = hooks }));
 out:
     keel_hooks_destroy(&hooks);
     return st;
@@ -191,7 +194,11 @@ keel_status keel_study_evaluate(struct study *s, struct study_folder *folder, co
     }
     keel_device_reset_peak(s->dev);
     KEEL_TRY(keel_study_session(s, state, &session, &hooks));
-    const struct evaluation e = { s, folder, stage, state, strcmp(stage, "base") == 0,
+    const struct evaluation e = { s,
+                                  folder,
+                                  stage,
+                                  state,
+                                  strcmp(stage, "base") == 0,
                                   { session, s->model, s->images, s->file->eval.chat, keel_study_tokens, s, s->log } };
     KEEL_TRY(probes(&e));
     KEEL_TRY(slots(&e));

@@ -9,7 +9,8 @@ static keel_status choose(struct keel_directions *d, const struct keel_measure_a
 {
     keel_status st = KEEL_OK;
     if (how->any_layer && d->n != 1) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: has directions of %u layers; say which with eval: projection: layer", how->directions, d->n);
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: has directions of %u layers; say which with eval: projection: layer", how->directions,
+                  d->n);
     }
     for (uint32_t i = 0; i < d->n; i++) {
         if (how->any_layer || d->at[i].layer == how->layer) {
@@ -17,8 +18,8 @@ static keel_status choose(struct keel_directions *d, const struct keel_measure_a
             d->at[i] = d->at[0];
             d->at[0] = found;
             if (found.k != 1) {
-                KEEL_FAIL(log, KEEL_ERR_ARG, "%s: layer %u has a subspace of %u directions, a projection takes one", how->directions,
-                          found.layer, found.k);
+                KEEL_FAIL(log, KEEL_ERR_ARG, "%s: layer %u has a subspace of %u directions, a projection takes one",
+                          how->directions, found.layer, found.k);
             }
             goto out;
         }
@@ -28,7 +29,8 @@ out:
     return st;
 }
 
-keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m, const struct keel_probes *p, const size_t *which, size_t n)
+keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m, const struct keel_probes *p, const size_t *which,
+                            size_t n)
 {
     keel_status st = KEEL_OK;
     *out = (struct keel_along){ .prompt = calloc(n + 1, sizeof *out->prompt) };
@@ -44,8 +46,12 @@ keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m
         if (!logprob) {
             KEEL_FAIL(m->log, KEEL_ERR_NO_MEMORY, "%s: out of memory", p->file);
         }
-        out->rows.row[out->rows.n++] = (struct keel_score_row){ .ids = prompt->ids, .n = prompt->n, .first = prompt->n, .logprobs = logprob,
-                                                                .images = prompt->images, .n_images = prompt->n_images };
+        out->rows.row[out->rows.n++] = (struct keel_score_row){ .ids = prompt->ids,
+                                                                .n = prompt->n,
+                                                                .first = prompt->n,
+                                                                .logprobs = logprob,
+                                                                .images = prompt->images,
+                                                                .n_images = prompt->n_images };
         out->rows.longest = KEEL_MAX(out->rows.longest, prompt->n);
     }
 out:
@@ -85,7 +91,8 @@ out:
     return st;
 }
 
-keel_status keel_measure_projection(const struct keel_measure *m, const char *in, const char *out, const struct keel_measure_along *how)
+keel_status keel_measure_projection(const struct keel_measure *m, const char *in, const char *out,
+                                    const struct keel_measure_along *how)
 {
     keel_status st = KEEL_OK;
     struct keel_probes p = { 0 };

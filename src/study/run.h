@@ -13,15 +13,15 @@ struct study {
     const struct keel_study_params *p;
     const keel_log *log;
     struct study_file *file;
-    char folder[4096]; // of the study file
+    char folder[4096];                        // of the study file
     char model_path[4096], mmproj_path[4096]; // the latter may be empty
-    struct keel_text config; // text of the study file
+    struct keel_text config;                  // text of the study file
     keel_device *dev;
     keel_model *model;
-    keel_images *images; // NULL: no row has images
+    keel_images *images;     // NULL: no row has images
     struct study_folder top; // OUT
     const char *stage;
-    uint64_t n_steps; // of the training, where it is done in parts; 0: not
+    uint64_t n_steps;             // of the training, where it is done in parts; 0: not
     char prefix[240], label[320]; // "rank-16_seed-1 (2 of 6), attack, "; with what is done
 };
 // For callbacks with a struct study as their user: tells the caller's progress function; false: stop.
@@ -63,9 +63,9 @@ struct study_training {
     const struct study_train *train;
     uint32_t rank;
     double mixture;
-    uint64_t seed, steps; // steps: in place of the file's, for trainings in parts; 0: the file's
+    uint64_t seed, steps;           // steps: in place of the file's, for trainings in parts; 0: the file's
     const struct study_state *from; // the state it starts from
-    bool go_on; // the last adapter of `from` is trained further; the others stay as they are
+    bool go_on;                     // the last adapter of `from` is trained further; the others stay as they are
 };
 // Trains `adapter` with state and log in `folder`/train, from where it stopped if it was begun. Does not mark the folder.
 keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// study/stages_file.c: the stages of a study file: what each does and which it starts from; and the directions it makes. An entry with several values of coef or
-// scale makes one stage of each.
+// study/stages_file.c: the stages of a study file: what each does and which it starts from; and the directions it makes. An entry
+// with several values of coef or scale makes one stage of each.
 #include "study_yaml.h"
 
 #include <math.h>
@@ -25,7 +25,7 @@ void keel_study_stage_finish(struct study_stage *s)
 
 // One entry on its way: where it stands in the file, for messages.
 struct entry {
-    struct study_source src; // from its name on
+    struct study_source src;                // from its name on
     char section[64], train[80], watch[80]; // "stages: NAME" and below
     const struct yaml_stage *y;
     struct study_file *f;
@@ -107,7 +107,11 @@ static keel_status fill_watch(const struct entry *e, struct study_stage *s)
     if (!y) {
         return KEEL_OK;
     }
-    s->watch = (struct study_watch){ .every = 5, .probes = 32, .above = NAN, .below = NAN, .domain = y->domain ? y->domain : "other",
+    s->watch = (struct study_watch){ .every = 5,
+                                     .probes = 32,
+                                     .above = NAN,
+                                     .below = NAN,
+                                     .domain = y->domain ? y->domain : "other",
                                      .modality = y->modality ? y->modality : "" };
     KEEL_TRY(keel_study_count(&e->src, e->watch, "every", y->every, 1, 1000000, &s->watch.every));
     KEEL_TRY(keel_study_count(&e->src, e->watch, "probes", y->probes, 1, 1000000, &s->watch.probes));
@@ -135,13 +139,15 @@ static keel_status check_adapter(const struct entry *e, struct study_stage *s)
     }
     s->stack = e->y->adapter && strcmp(e->y->adapter, "stack") == 0;
     if (e->y->adapter && !made) {
-        KEEL_TRY(keel_study_complain(&e->src, e->section, "adapter", "has nothing to go on with: the stage starts from the base model"));
+        KEEL_TRY(
+            keel_study_complain(&e->src, e->section, "adapter", "has nothing to go on with: the stage starts from the base model"));
     }
     if (made && !s->stack) {
         if (y && (y->rank || y->alpha || y->alpha_per_rank || y->targets)) {
-            KEEL_TRY(keel_study_complain(&e->src, e->section, "train",
-                                         "goes on with an adapter, so that rank, alpha and targets are given; leave them away, or set "
-                                         "adapter: stack"));
+            KEEL_TRY(
+                keel_study_complain(&e->src, e->section, "train",
+                                    "goes on with an adapter, so that rank, alpha and targets are given; leave them away, or set "
+                                    "adapter: stack"));
         }
         s->train.rank = made->rank;
         s->train.alpha = made->alpha;
@@ -208,7 +214,8 @@ static keel_status check_kind(const struct entry *e, size_t from)
     const struct yaml_stage *y = e->y;
     const int kinds = (y->train != NULL) + (y->steer_count > 0) + (y->scale_count > 0);
     if (kinds != 1) {
-        KEEL_TRY(keel_study_complain(&e->src, "stages", "name", "the stage must have one of train (which may be {}), steer and scale"));
+        KEEL_TRY(
+            keel_study_complain(&e->src, "stages", "name", "the stage must have one of train (which may be {}), steer and scale"));
     }
     if (!y->train && (y->watch || y->adapter)) {
         KEEL_TRY(keel_study_complain(&e->src, e->section, y->watch ? "watch" : "adapter", "is for stages that train"));
@@ -263,8 +270,13 @@ static keel_status add_stage(const struct entry *e, size_t from, double value, b
     }
     e->f->stage = grown;
     s = &grown[e->f->n_stages++];
-    *s = (struct study_stage){ .name = strdup(name), .group = strdup(e->y->name), .from = from, .value = value,
-                               .kind = e->y->train ? STUDY_TRAIN : e->y->steer_count ? STUDY_STEER : STUDY_SCALE };
+    *s = (struct study_stage){ .name = strdup(name),
+                               .group = strdup(e->y->name),
+                               .from = from,
+                               .value = value,
+                               .kind = e->y->train         ? STUDY_TRAIN
+                                       : e->y->steer_count ? STUDY_STEER
+                                                           : STUDY_SCALE };
     if (!s->name || !s->group) {
         KEEL_FAIL(e->src.log, KEEL_ERR_NO_MEMORY, "%s: out of memory", e->src.name);
     }
@@ -307,7 +319,9 @@ static keel_status check_direction(const struct study_source *src, const struct 
         known = known || (y->random_like && strcmp(f->direction[i].name, y->random_like) == 0);
     }
     if (!bad && y->random_like) {
-        bad = !known ? "its random_like is no earlier direction" : y->rows || y->positive || y->negative ? "random_like stands alone" : NULL;
+        bad = !known                                  ? "its random_like is no earlier direction"
+              : y->rows || y->positive || y->negative ? "random_like stands alone"
+                                                      : NULL;
     } else if (!bad && !(y->rows && y->positive && y->negative)) {
         bad = "the direction needs rows (prompts), and system messages as positive and negative; or random_like";
     }
@@ -326,8 +340,14 @@ keel_status keel_study_fill_directions(const struct study_source *src, struct st
         const struct study_source at = keel_study_entry(src, "directions", d->name);
         KEEL_TRY(check_direction(&at, f, d));
         f->direction[f->n_directions++] = (struct study_direction){
-            .name = d->name, .rows = d->rows, .positive = d->positive, .negative = d->negative, .layers = d->layers ? d->layers : "all",
-            .at = d->at ? d->at : "last_prompt", .method = d->method ? d->method : "mean_mask", .random_like = d->random_like,
+            .name = d->name,
+            .rows = d->rows,
+            .positive = d->positive,
+            .negative = d->negative,
+            .layers = d->layers ? d->layers : "all",
+            .at = d->at ? d->at : "last_prompt",
+            .method = d->method ? d->method : "mean_mask",
+            .random_like = d->random_like,
         };
     }
 out:

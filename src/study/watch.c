@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// study/watch.c: a training that is watched: done in parts of some steps, with a small evaluation after each, until a limit is reached or
-// the steps are done. State on disk makes the parts one training, so that it may be stopped anywhere.
+// study/watch.c: a training that is watched: done in parts of some steps, with a small evaluation after each, until a limit is
+// reached or the steps are done. State on disk makes the parts one training, so that it may be stopped anywhere.
 #include "measure.h"
 #include "platform.h"
 #include "run.h"
@@ -72,16 +72,20 @@ static keel_status measure(struct study *s, const struct study_folder *folder, c
     struct keel_cell_means mean;
     const struct study_projection *p = &s->file->eval.projection;
     const struct keel_measure_along along = { .directions = directions, .at = p->at, .layer = p->layer, .any_layer = p->any_layer };
-    const struct keel_measure_cell cell = { .domain = w->domain, .narrow = s->file->narrow_domain, .modality = w->modality,
-                                            .max_rows = w->probes, .seed = s->file->seed, .along = p->directions ? &along : NULL };
+    const struct keel_measure_cell cell = { .domain = w->domain,
+                                            .narrow = s->file->narrow_domain,
+                                            .modality = w->modality,
+                                            .max_rows = w->probes,
+                                            .seed = s->file->seed,
+                                            .along = p->directions ? &along : NULL };
     keel_study_path(probes, s->folder, s->file->eval.slots);
     keel_study_direction_path(s, directions, p->directions ? p->directions : "");
     KEEL_TRY(keel_study_session(s, state, &session, &hooks));
     s->stage = "watch";
     const struct keel_measure m = { session, s->model, s->images, s->file->eval.chat, NULL, NULL, s->log };
     KEEL_TRY(keel_measure_cell(&m, probes, &cell, &mean));
-    json_t *line = json_pack("{s:I, s:I, s:f, s:f}", "step", (json_int_t)step, "n", (json_int_t)mean.n, "contrary", mean.contrary, "coherence",
-                             mean.coherence);
+    json_t *line = json_pack("{s:I, s:I, s:f, s:f}", "step", (json_int_t)step, "n", (json_int_t)mean.n, "contrary", mean.contrary,
+                             "coherence", mean.coherence);
     if (!isnan(mean.projection)) {
         json_object_set_new(line, "projection", json_real(mean.projection));
     }
@@ -120,8 +124,8 @@ keel_status keel_study_watched(struct study *s, struct study_folder *folder, con
     if (!json_object_get(folder->manifest, "training")) {
         KEEL_TRY(keel_study_train(s, folder, t, adapter)); // it was done when the study was stopped: says what it was
     }
-    json_object_set_new(folder->manifest, "watch", json_pack("{s:b, s:I}", "reached", reached(w, find_line(lines, t->steps)), "steps",
-                                                             (json_int_t)t->steps));
+    json_object_set_new(folder->manifest, "watch",
+                        json_pack("{s:b, s:I}", "reached", reached(w, find_line(lines, t->steps)), "steps", (json_int_t)t->steps));
 out:
     s->n_steps = 0;
     json_decref(lines);
