@@ -266,7 +266,7 @@ static void test_binary(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_mitigations), 
+        cmocka_unit_test(test_defaults), cmocka_unit_test(test_values), cmocka_unit_test(test_mitigations),
         cmocka_unit_test(test_sweeps), cmocka_unit_test(test_stages),
         cmocka_unit_test(test_faults), cmocka_unit_test(test_binary),
     };

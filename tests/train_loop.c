@@ -290,6 +290,40 @@ double keel_trainer_weighted(const keel_trainer *t)
     return 0;
 }
 
+keel_status keel_hooks_create(keel_hooks **out, keel_model *model)
+{
+    (void)out;
+    (void)model;
+    return KEEL_ERR_ARG;
+}
+
+void keel_hooks_destroy(keel_hooks **hooks)
+{
+    assert_null(*hooks);
+}
+
+keel_status keel_hooks_add_capture(keel_hooks *hooks, enum keel_site site, uint32_t layer, struct keel_positions at,
+                                   void (*fn)(void *user, const struct keel_capture_call *call), void *user)
+{
+    (void)hooks;
+    (void)site;
+    (void)layer;
+    (void)at;
+    (void)fn;
+    (void)user;
+    return KEEL_ERR_ARG;
+}
+
+keel_status keel_hooks_after_batch(keel_hooks *hooks, struct keel_positions at,
+                                   keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user)
+{
+    (void)hooks;
+    (void)at;
+    (void)fn;
+    (void)user;
+    return KEEL_ERR_ARG;
+}
+
 // --- runs ----------------------------------------------------------------------------------------
 
 static struct keel_train_data data = { "train_loop.jsonl", 1 };

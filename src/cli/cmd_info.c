@@ -192,7 +192,7 @@ static const struct arg_option options[] = {
     { .name = "--constrain-tokens", .type = ARG_U64, .offset = AT(constrain_tokens), .value = "N", .def = "0", .min = 0, .max = 1e12,
       .help = "and so many loss tokens under train --constrain" },
     { .name = "--kl-tokens", .type = ARG_U64, .offset = AT(kl_tokens), .value = "N", .def = "0", .min = 0, .max = 1e12,
-      .help = "and so many loss tokens in train --kl-data" },
+      .help = "and so many loss tokens in train --kl-data and --monitor" },
     OPTIONS_LOG,
 };
 const struct arg_command cmd_info = {

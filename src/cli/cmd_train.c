@@ -3,17 +3,21 @@
 #include "cli.h"
 #include "commands.h"
 
+#include <keel/steer.h>
 #include <keel/train.h>
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct train_args {
     struct common common;
     struct arg_list data;
-    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log, *constrain, *kl_data, *lisa_data, *lisa_steps;
-    uint32_t rank, warmup, batch, accum, seq_len, kl_rows;
+    const char *out, *targets, *layers, *schedule, *optimizer, *init_adapter, *resume, *log;
+    const char *constrain, *kl_data, *lisa_data, *lisa_steps, *monitor, *monitor_direction, *on_breach;
+    struct arg_list guard;
+    uint32_t rank, warmup, batch, accum, seq_len, kl_rows, monitor_every;
     uint64_t steps, seed, save_every;
     double alpha, lr, epochs, beta1, beta2, eps, weight_decay, grad_clip, kl_weight, lisa_rho;
     bool no_shuffle, json;
@@ -23,12 +27,14 @@ struct train_progress {
     struct progress line;
     uint64_t tokens;
     uint64_t start_ns;
+    double monitor[KEEL_N_MONITORED]; // as last measured
+    bool monitored;
 };
 
 static bool on_step(void *user, const struct keel_step_info *info)
 {
     struct train_progress *p = user;
-    char extra[96];
+    char extra[256];
     if (p->start_ns == 0) {
         p->start_ns = now_ns() - (uint64_t)(info->seconds * 1e9);
         // The rate counts from before the first step, so that a single step has one.
@@ -37,8 +43,17 @@ static bool on_step(void *user, const struct keel_step_info *info)
     }
     p->tokens += info->tokens;
     const double seconds = (double)(now_ns() - p->start_ns) * 1e-9;
-    snprintf(extra, sizeof extra, "loss %.4f, grad norm %.3g, %.3g tokens/s", info->loss, info->grad_norm,
-             seconds > 0 ? (double)p->tokens / seconds : 0);
+    int used = snprintf(extra, sizeof extra, "loss %.4f, grad norm %.3g, %.3g tokens/s", info->loss, info->grad_norm,
+                        seconds > 0 ? (double)p->tokens / seconds : 0);
+    if (info->monitor) {
+        memcpy(p->monitor, info->monitor, sizeof p->monitor);
+        p->monitored = true;
+    }
+    for (size_t i = 0; p->monitored && i < KEEL_N_MONITORED && used > 0 && (size_t)used < sizeof extra; i++) {
+        if (isfinite(p->monitor[i])) {
+            used += snprintf(extra + used, sizeof extra - (size_t)used, ", %s %.3g", keel_monitor_name[i], p->monitor[i]);
+        }
+    }
     progress_show(&p->line, info->step, info->n_steps, extra);
     return !stop_asked();
 }
@@ -63,6 +78,65 @@ static bool parse_lisa(const struct train_args *a, uint32_t *align, uint32_t *ta
         return false;
     }
     return true;
+}
+
+// "METRIC<=LIMIT". False: said why.
+static bool parse_guard(const struct train_args *a, struct keel_guard *guard)
+{
+    for (size_t i = 0; i < a->guard.n; i++) {
+        const char *text = a->guard.at[i], *limit = strstr(text, "<=");
+        const size_t len = limit ? (size_t)(limit - text) : strlen(text);
+        size_t metric = 0;
+        char *end = NULL;
+        while (metric < KEEL_N_MONITORED && (strlen(keel_monitor_name[metric]) != len || memcmp(keel_monitor_name[metric], text, len) != 0)) {
+            metric++;
+        }
+        if (limit) {
+            guard[i] = (struct keel_guard){ (enum keel_monitor_metric)metric, strtod(limit + 2, &end) };
+        }
+        if (metric == KEEL_N_MONITORED || !limit || end == limit + 2 || *end != 0 || !isfinite(guard[i].limit)) {
+            fprintf(stderr, "keel train: --guard %s: METRIC<=NUMBER is needed; metrics are kl_mean, margin_drop, flip_rate, p_contrary, "
+                            "p_incoherent, projection_shift\n", text);
+            return false;
+        }
+    }
+    return true;
+}
+
+static enum keel_on_breach parse_on_breach(const char *word)
+{
+    return strcmp(word, "stop") == 0 ? KEEL_BREACH_STOP : strcmp(word, "fail") == 0 ? KEEL_BREACH_FAIL : KEEL_BREACH_ROLLBACK;
+}
+
+// FILE or FILE@LAYER, of the file's only layer. `file` owns what `d` points to.
+static keel_status read_direction(struct context *c, const char *text, struct keel_directions *file, struct keel_monitor_direction *d)
+{
+    const char *at = strrchr(text, '@');
+    char path[4096], *end = NULL;
+    const unsigned long layer = at ? strtoul(at + 1, &end, 10) : 0;
+    if (at && (end == at + 1 || *end != 0)) {
+        say(c, KEEL_LOG_ERROR, "--monitor-direction %s: what follows the @ is no layer", text);
+        return KEEL_ERR_ARG;
+    }
+    snprintf(path, sizeof path, "%.*s", at ? (int)(at - text) : (int)strlen(text), text);
+    const keel_status st = keel_directions_read(file, path, &c->log);
+    if (st != KEEL_OK) {
+        return st;
+    }
+    if (file->width != keel_model_info(c->model)->width) {
+        say(c, KEEL_LOG_ERROR, "%s: its directions are %u wide, the model is %u; make them with this model", path, file->width,
+            keel_model_info(c->model)->width);
+        return KEEL_ERR_MISMATCH;
+    }
+    for (uint32_t i = 0; i < file->n && (at || file->n == 1); i++) {
+        if (!at || file->at[i].layer == layer) {
+            *d = (struct keel_monitor_direction){ file->at[i].v, file->at[i].layer, file->site };
+            return KEEL_OK;
+        }
+    }
+    say(c, KEEL_LOG_ERROR, "--monitor-direction %s: %s", text,
+        at ? "the file has no such layer" : "the file has several layers; name one with @LAYER");
+    return KEEL_ERR_ARG;
 }
 
 static bool parse_data(const struct train_args *a, struct keel_train_data *data)
@@ -106,9 +180,10 @@ static bool parse_frozen(const struct train_args *a, struct keel_train_base *fro
 static void print_result(const struct context *c, const struct train_args *a, const struct keel_train_result *r)
 {
     if (a->json) {
-        print_json(stdout, json_pack("{s:s, s:I, s:f, s:f, s:I, s:f, s:I, s:I}", "out", a->out, "steps", (json_int_t)r->steps,
+        print_json(stdout, json_pack("{s:s, s:I, s:f, s:f, s:I, s:f, s:I, s:I, s:b, s:f}", "out", a->out, "steps", (json_int_t)r->steps,
                                      "first_loss", r->first_loss, "last_loss", r->last_loss, "tokens", (json_int_t)r->tokens,
-                                     "seconds", r->seconds, "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params));
+                                     "seconds", r->seconds, "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params,
+                                     "breached", r->breached, "prepare_seconds", r->prepare_seconds));
         return;
     }
     say(c, KEEL_LOG_INFO, "%llu steps in %.1f s, loss %.4f to %.4f, %.1f tokens/s; adapter: %s", (unsigned long long)r->steps,
@@ -122,25 +197,30 @@ static keel_status encode_images(struct context *c, const struct train_args *a, 
     for (size_t i = 0; c->images && st == KEEL_OK && i < a->data.n; i++) {
         st = keel_images_scan(c->images, data[i].path, &c->log);
     }
-    const char *const more[] = { a->kl_data, a->lisa_data };
+    const char *const more[] = { a->kl_data, a->lisa_data, a->monitor };
     for (size_t i = 0; c->images && st == KEEL_OK && i < sizeof more / sizeof more[0]; i++) {
         st = more[i] ? keel_images_scan(c->images, more[i], &c->log) : KEEL_OK;
     }
     return st == KEEL_OK ? context_encode_images(c, &a->common) : st;
 }
 
-static int train(const struct train_args *a, const struct keel_train_data *data, struct keel_train_base *frozen)
+static int train(const struct train_args *a, const struct keel_train_data *data, struct keel_train_base *frozen,
+                 const struct keel_guard *guard)
 {
     struct context c = { 0 };
+    struct keel_directions direction = { 0 };
     struct keel_train_result result;
     struct train_progress p = { .line = { .what = "train", .unit = "steps", .off = a->common.quiet } };
     struct keel_train_params params = {
-        .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets, .layers = a->layers,
+        .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets,
+        .layers = a->layers,
         .lr = a->lr, .schedule = a->schedule, .warmup = a->warmup, .steps = a->steps, .epochs = a->epochs, .batch = a->batch,
         .accum = a->accum, .seq_len = a->seq_len, .seed = a->seed, .no_shuffle = a->no_shuffle, .beta1 = a->beta1,
         .beta2 = a->beta2, .eps = a->eps, .weight_decay = a->weight_decay, .grad_clip = a->grad_clip,
-        .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume, .resume = a->resume != NULL, .save_every = a->save_every,
-        .lisa_data = a->lisa_data, .lisa_rho = a->lisa_rho, .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
+        .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume,
+        .resume = a->resume != NULL, .save_every = a->save_every,
+        .monitor = a->monitor, .monitor_every = a->monitor_every, .guard = guard, .n_guard = a->guard.n,
+        .on_breach = parse_on_breach(a->on_breach), .lisa_data = a->lisa_data, .lisa_rho = a->lisa_rho, .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
     };
     if (!parse_constrain(a, params.constrain) || !parse_lisa(a, &params.lisa_align, &params.lisa_task)) {
         return EXIT_USAGE;
@@ -160,6 +240,9 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         st = context_steer(&c, &a->common, &c.hooks);
     }
     params.hooks = c.hooks;
+    if (st == KEEL_OK && a->monitor_direction) {
+        st = read_direction(&c, a->monitor_direction, &direction, &params.monitor_direction);
+    }
     if (st == KEEL_OK) {
         st = keel_train(c.model, &params, &result);
         progress_end(&p.line);
@@ -170,6 +253,7 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         say(&c, KEEL_LOG_ERROR, "interrupted; the same command with --resume %s%s goes on", a->resume ? a->resume : a->out,
             a->resume ? "" : ".state");
     }
+    keel_directions_finish(&direction);
     return context_close(&c, st);
 }
 
@@ -178,10 +262,12 @@ static int train_run(const void *args)
     const struct train_args *a = args;
     struct keel_train_data *data = calloc(a->data.n, sizeof *data);
     struct keel_train_base *frozen = calloc(a->common.lora.n + 1, sizeof *frozen);
+    struct keel_guard *guard = calloc(a->guard.n + 1, sizeof *guard);
     int code = EXIT_USAGE;
-    if (data && frozen && parse_data(a, data) && parse_frozen(a, frozen)) {
-        code = train(a, data, frozen);
+    if (data && frozen && guard && parse_data(a, data) && parse_frozen(a, frozen) && parse_guard(a, guard)) {
+        code = train(a, data, frozen, guard);
     }
+    free(guard);
     for (size_t i = 0; frozen && i < a->common.lora.n; i++) {
         free((void *)(uintptr_t)frozen[i].path);
     }
@@ -195,6 +281,7 @@ static int train_run(const void *args)
 
 #define AT(field) offsetof(struct train_args, field)
 static const char *const schedules[] = { "constant", "linear", "cosine", NULL };
+static const char *const breaches[] = { "rollback", "stop", "fail", NULL };
 static const char *const optimizers[] = { "adamw", NULL };
 static const struct arg_option options[] = {
     OPTION_MODEL,
@@ -259,6 +346,17 @@ static const struct arg_option options[] = {
       .help = "how many of each in a turn" },
     { .name = "--lisa-rho", .type = ARG_NUM, .offset = AT(lisa_rho), .value = "X", .def = "1", .min = 0, .max = 1e6,
       .help = "weight of the distance between them" },
+    { .type = ARG_HEAD, .help = "Monitor and guard" },
+    { .name = "--monitor", .type = ARG_STR, .offset = AT(monitor), .value = "F.jsonl",
+      .help = "rows to measure drift on while training: completions, chosen/rejected, aligned/contrary" },
+    { .name = "--monitor-every", .type = ARG_U32, .offset = AT(monitor_every), .value = "N", .def = "10", .min = 1, .max = 1e9,
+      .help = "steps between measurements; the last step is one too" },
+    { .name = "--monitor-direction", .type = ARG_STR, .offset = AT(monitor_direction), .value = "V[@LAYER]",
+      .help = "and their prompts' projection on this direction" },
+    { .name = "--guard", .type = ARG_LIST, .offset = AT(guard), .value = "METRIC<=X",
+      .help = "limit of kl_mean, margin_drop, flip_rate, p_contrary, p_incoherent or projection_shift" },
+    { .name = "--on-breach", .type = ARG_STR, .offset = AT(on_breach), .value = "WHAT", .def = "rollback", .choice = breaches,
+      .help = "above a limit: rollback to the last measurement within, stop (exit 3), or fail (exit 3, no adapter)" },
     { .type = ARG_HEAD, .help = "State and log" },
     { .name = "--resume", .type = ARG_STR, .offset = AT(resume), .value = "DIR",
       .help = "keep the state in DIR, and go on from it if there is one; without it OUT.state, afresh" },

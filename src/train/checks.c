@@ -8,6 +8,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+static keel_status check_guard(const struct keel_train_params *p, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    if (p->n_guard > 0 && !p->monitor) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "--guard: nothing measures it; give rows with --monitor");
+    }
+    for (size_t i = 0; i < p->n_guard; i++) {
+        if (p->guard[i].metric >= KEEL_N_MONITORED || !isfinite(p->guard[i].limit)) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "--guard: limits are finite numbers, metrics one of the names in keel/train.h");
+        }
+    }
+out:
+    return st;
+}
+
 static bool in_range(double beta)
 {
     return beta >= 0 && beta <= 1000;
@@ -37,6 +52,7 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
         { isfinite(p->eps) && p->eps > 0, "--eps must be above 0" },
         { isfinite(p->weight_decay) && p->weight_decay >= 0, "--weight-decay must be at least 0" },
         { isfinite(p->grad_clip) && p->grad_clip >= 0, "--grad-clip must be at least 0 (0: off)" },
+        { !p->monitor || p->monitor_every >= 1, "--monitor-every must be at least 1" },
         { !p->lisa_data || (p->lisa_align >= 1 && p->lisa_task >= 1 && p->lisa_align < (1u << 30) && p->lisa_task < (1u << 30)),
           "--lisa-steps: two numbers of steps, each at least 1" },
         { !p->lisa_data || (isfinite(p->lisa_rho) && p->lisa_rho >= 0), "--lisa-rho must be at least 0" },
@@ -50,11 +66,27 @@ static keel_status check_numbers(const struct keel_train_params *p, const keel_l
             KEEL_FAIL(log, KEEL_ERR_ARG, "%s", check[i].what);
         }
     }
+    KEEL_TRY(check_guard(p, log));
     for (size_t i = 0; i < p->n_data; i++) {
         if (!p->data[i].path || !isfinite(p->data[i].weight) || p->data[i].weight <= 0) {
             KEEL_FAIL(log, KEEL_ERR_ARG, "--data %s: its weight must be above 0",
                       p->data[i].path ? p->data[i].path : "(none)");
         }
+    }
+out:
+    return st;
+}
+
+static keel_status check_direction(const struct keel_train_run *r)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_monitor_direction *d = &r->p->monitor_direction;
+    const uint32_t n = keel_model_info(r->model)->n_layers;
+    if (d->v && !r->p->monitor) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--monitor-direction: no rows to project; give them with --monitor");
+    }
+    if (d->v && (d->layer >= n || d->site >= KEEL_N_SITES)) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--monitor-direction: there is no layer %u; the model has layers 0 to %u", d->layer, n - 1);
     }
 out:
     return st;
@@ -96,6 +128,7 @@ keel_status keel_train_check_params(struct keel_train_run *r)
     }
     KEEL_TRY(keel_targets_parse(p->targets, &r->targets, r->log));
     KEEL_TRY(check_layers(r));
+    KEEL_TRY(check_direction(r));
     if (p->n_frozen > KEEL_MAX_FROZEN) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "--lora: %zu adapters, at most %d can be in force while training; merge some (keel merge)",
                   p->n_frozen, KEEL_MAX_FROZEN);
@@ -128,7 +161,7 @@ keel_status keel_train_check_outputs(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
     const char *out_name = r->p->out;
-    struct keel_text dir = { 0 }, state = { 0 }, peft = { 0 };
+    struct keel_text dir = { 0 }, state = { 0 }, good = { 0 }, peft = { 0 };
     const char *slash = strrchr(out_name, '/');
     keel_text_addf(&dir, "%s", r->p->checkpoint ? r->p->checkpoint : out_name);
     while (!r->p->checkpoint && dir.len > 1 && dir.data[dir.len - 1] == '/') {
@@ -138,8 +171,9 @@ keel_status keel_train_check_outputs(struct keel_train_run *r)
         keel_text_addf(&dir, ".state");
     }
     keel_text_addf(&state, "%s/state.safetensors", dir.data ? dir.data : "");
+    keel_text_addf(&good, "%s/good.safetensors", dir.data ? dir.data : "");
     keel_text_addf(&peft, "%s/adapter_model.safetensors", out_name);
-    if (dir.failed || state.failed || peft.failed) {
+    if (dir.failed || state.failed || good.failed || peft.failed) {
         KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for file names");
     }
     if (ends_with(out_name, ".gguf")) {
@@ -165,10 +199,12 @@ keel_status keel_train_check_outputs(struct keel_train_run *r)
     }
     r->state_dir = dir.data;
     r->state_path = state.data;
-    dir = state = (struct keel_text){ 0 };
+    r->good_path = good.data;
+    dir = state = good = (struct keel_text){ 0 };
 out:
     keel_text_finish(&dir);
     keel_text_finish(&state);
+    keel_text_finish(&good);
     keel_text_finish(&peft);
     return st;
 }
@@ -191,7 +227,7 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
                                            .train_row = longest,
                                            .train_lisa = r->lisa.set.n_rows > 0,
                                            .train_constrain_tokens = keel_train_constrained(r->p) ? r->set.n_loss : 0,
-                                           .train_kl_tokens = r->kl.set.n_loss,
+                                           .train_kl_tokens = r->kl.set.n_loss + r->monitor.set.n_loss,
                                            .images = r->p->images != NULL,
                                            .targets = r->p->targets,
                                            .layers = r->p->layers };

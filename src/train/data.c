@@ -19,8 +19,7 @@ void keel_train_row_finish(struct keel_train_row *row)
     *row = (struct keel_train_row){ 0 };
 }
 
-// The tokens become the row's.
-static void adopt(struct keel_train_row *out, struct keel_prompt *prompt)
+void keel_train_row_adopt(struct keel_train_row *out, struct keel_prompt *prompt)
 {
     out->ids = prompt->ids;
     out->n = prompt->n;
@@ -69,7 +68,7 @@ static keel_status make_raw(struct keel_train_row *out, const keel_model *model,
                   LINE(row));
     }
     st = keel_prompt_complete(model, &p, completion, len);
-    adopt(out, &p);
+    keel_train_row_adopt(out, &p);
     if (st != KEEL_OK) {
         KEEL_FAIL(row->log, st, "%s:%llu: the completion cannot be used (reason above)", LINE(row));
     }
@@ -90,7 +89,7 @@ static keel_status make_chat(struct keel_train_row *out, const keel_model *model
     struct keel_prompt p = { 0 };
     KEEL_TRY(keel_row_array(row, "messages", &list));
     KEEL_TRY(keel_row_prompt(&p, model, images, row, false));
-    adopt(out, &p);
+    keel_train_row_adopt(out, &p);
     out->mask = p.loss_mask;
     p.loss_mask = NULL;
     out->first = out->n;
@@ -146,7 +145,7 @@ out:
     return st;
 }
 
-static keel_status add_row(struct keel_train_set *set, struct keel_train_row row, const keel_log *log)
+keel_status keel_train_set_add(struct keel_train_set *set, struct keel_train_row row, const keel_log *log)
 {
     if (set->n_rows == set->cap) {
         const uint64_t cap = set->cap ? set->cap * 2 : 256;
@@ -189,7 +188,7 @@ static keel_status load_file(struct keel_train_set *set, struct keel_train_file 
         if (st != KEEL_OK) {
             goto out;
         }
-        KEEL_TRY(add_row(set, made, log));
+        KEEL_TRY(keel_train_set_add(set, made, log));
     }
     file->n_rows = set->n_rows - file->row0;
     if (file->n_rows == 0 || file->n_rows > UINT32_MAX) {

@@ -53,10 +53,14 @@ keel_status keel_train_set_load(struct keel_train_set *set, const keel_model *mo
                                 const keel_log *log);
 void keel_train_set_finish(struct keel_train_set *set); // accepts all-zero
 
+// Adds a row that was made; it belongs to the set, also after an error.
+keel_status keel_train_set_add(struct keel_train_set *set, struct keel_train_row row, const keel_log *log);
+
 // Turns one parsed row into tokens; the part of the above that knows the fields. `out` is owned by the caller
 // on success.
 keel_status keel_train_row_make(struct keel_train_row *out, const keel_model *model, keel_images *images,
                                 const struct keel_row *row, uint32_t seq_len);
+void keel_train_row_adopt(struct keel_train_row *out, struct keel_prompt *prompt); // the tokens become the row's
 void keel_train_row_finish(struct keel_train_row *row);
 
 // The order of rows, a pure function of files, seed and position. At each position the file that is furthest

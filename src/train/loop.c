@@ -110,6 +110,18 @@ out:
     return st;
 }
 
+static json_t *monitor_json(const double *value, double seconds)
+{
+    json_t *v = json_object();
+    for (size_t i = 0; i < KEEL_N_MONITORED; i++) {
+        if (isfinite(value[i])) {
+            json_object_set_new(v, keel_monitor_name[i], json_real(value[i]));
+        }
+    }
+    json_object_set_new(v, "seconds", json_real(seconds));
+    return v;
+}
+
 static keel_status log_step(struct keel_train_run *r, const struct keel_step_info *info)
 {
     keel_status st = KEEL_OK;
@@ -130,6 +142,9 @@ static keel_status log_step(struct keel_train_run *r, const struct keel_step_inf
     if (v && r->kl.set.n_rows > 0) {
         json_object_set_new(v, "kl", json_real(info->kl));
         json_object_set_new(v, "kl_seconds", json_real(info->kl_seconds));
+    }
+    if (v && info->monitor) {
+        json_object_set_new(v, "monitor", monitor_json(info->monitor, r->monitor.seconds));
     }
     if (!v || json_dumpf(v, r->log_file, JSON_REAL_PRECISION(9)) != 0 || fputc('\n', r->log_file) == EOF ||
         fflush(r->log_file) != 0) {
@@ -162,8 +177,18 @@ static keel_status run_steps(struct keel_train_run *r)
             return save_and_stop(r);
         }
         KEEL_TRY(st);
+        if (keel_train_monitor_due(r, info.step)) {
+            KEEL_TRY(keel_train_monitor_measure(r));
+            info.monitor = r->monitor.value;
+        }
         KEEL_TRY(log_step(r, &info));
+        if (info.monitor) {
+            KEEL_TRY(keel_train_guard_check(r));
+        }
         const bool go_on = !p->on_step || p->on_step(p->user, &info);
+        if (r->breached) {
+            break;
+        }
         if ((!go_on || keel_interrupted()) && info.step < r->n_steps) {
             return save_and_stop(r);
         }
@@ -171,9 +196,14 @@ static keel_status run_steps(struct keel_train_run *r)
             KEEL_TRY(keel_train_state_save(&r->state, r->state_path));
         }
     }
-    KEEL_TRY(keel_adapter_save(r->adapter, r->model, p->out));
+    if (!r->breached || p->on_breach != KEEL_BREACH_FAIL) {
+        KEEL_TRY(keel_adapter_save(r->adapter, r->model, p->out));
+    }
     KEEL_TRY(keel_train_state_save(&r->state, r->state_path));
-    KEEL_INFO(r->log, "%s: written after %llu steps", p->out, (unsigned long long)r->n_steps);
+    if (r->breached && p->on_breach != KEEL_BREACH_ROLLBACK) {
+        return KEEL_OVER_BUDGET;
+    }
+    KEEL_INFO(r->log, "%s: written, as after %llu steps", p->out, (unsigned long long)r->state.step);
 out:
     return st;
 }
@@ -193,6 +223,7 @@ static void run_finish(struct keel_train_run *r)
     }
     keel_row_order_finish(&r->order);
     keel_train_set_finish(&r->set);
+    keel_train_monitor_finish(&r->monitor);
     keel_train_lisa_finish(&r->lisa);
     keel_train_constrain_finish(&r->constrain);
     keel_train_kl_finish(&r->kl);
@@ -200,6 +231,7 @@ static void run_finish(struct keel_train_run *r)
     free(r->layers);
     free(r->state_dir);
     free(r->state_path);
+    free(r->good_path);
     free(r);
 }
 
@@ -227,12 +259,14 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
                                  params->seq_len, log));
     KEEL_TRY(keel_train_lisa_load(r));
     KEEL_TRY(keel_train_kl_load(r));
+    KEEL_TRY(keel_train_monitor_load(r));
     KEEL_TRY(keel_train_check_plan(r));
     KEEL_TRY(keel_train_check_outputs(r));
     KEEL_TRY(keel_train_plan_steps(r));
     KEEL_TRY(keel_train_encode_images(r));
     KEEL_TRY(keel_train_create_buffers(r));
     KEEL_TRY(keel_train_start(r));
+    KEEL_TRY(keel_train_guard_start(r));
     st = run_steps(r);
     if (result) {
         *result = (struct keel_train_result){ .steps = r->state.step,
@@ -243,6 +277,7 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
                                               .n_rows = r->set.n_rows,
                                               .n_params = r->adapter->n_params,
                                               .data_hash = r->set.hash,
+                                              .breached = r->breached,
                                               .prepare_seconds = r->prepare_seconds };
     }
 out:

@@ -31,6 +31,23 @@ struct keel_train_lisa {
     struct keel_span diff; // [n_floats] w - w_other, scratch; w_other is the state's
 };
 
+// Measurements while training (monitor.c).
+struct keel_train_monitor {
+    struct keel_train_set set; // sequences; of a probe with two answers two, one after the other; none: off
+    uint8_t *kind;             // [set.n_rows]
+    uint64_t cap_kind;
+    struct keel_top *top;      // [set.n_loss] what the base predicts
+    float *base, *now, *kl;    // [set.n_loss] log-probabilities under base and adapted model; divergences
+    keel_hooks *hooks;         // capture for the projection; NULL: none
+    struct keel_span u, dot, square; // [width] unit direction; [T] of each token: projection, squared length
+    float *dot_host, *square_host;
+    uint32_t max_tokens;
+    double sum_dot, sum_norm, n_tokens; // of what is captured
+    double base_dot, base_norm;         // means under the base
+    double value[KEEL_N_MONITORED];
+    double seconds; // of the last measurement
+};
+
 struct keel_train_run {
     keel_model *model;
     keel_device *dev;
@@ -58,6 +75,9 @@ struct keel_train_run {
     char option_text[MAX_OPTIONS][OPTION_TEXT];
     struct keel_seq *seqs; // [per_step]
     struct keel_train_lisa lisa;
+    struct keel_train_monitor monitor;
+    char *good_path; // state of the last measurement within all limits
+    bool breached;
     struct keel_train_constrain constrain;
     struct keel_train_kl kl;
     double prepare_seconds;
@@ -70,6 +90,21 @@ keel_status keel_train_check_params(struct keel_train_run *r);
 keel_status keel_train_check_plan(struct keel_train_run *r);
 // A folder that cannot be written is to be found now, not after hours of work. Sets state_dir and state_path.
 keel_status keel_train_check_outputs(struct keel_train_run *r);
+
+// --- monitor.c -----------------------------------------------------------------------------------
+
+keel_status keel_train_monitor_load(struct keel_train_run *r);    // the rows, if any are asked for; what guards need must be in them
+keel_status keel_train_monitor_prepare(struct keel_train_run *r); // the base's part
+keel_status keel_train_monitor_measure(struct keel_train_run *r); // monitor.value of the adapter as it is; NaN: not measured
+bool keel_train_monitor_due(const struct keel_train_run *r, uint64_t step);
+void keel_train_monitor_finish(struct keel_train_monitor *m); // accepts all-zero
+
+// --- guard.c -------------------------------------------------------------------------------------
+
+// Before the first step: the adapter that the run starts with must be within the limits. Errors: OVER_BUDGET.
+keel_status keel_train_guard_start(struct keel_train_run *r);
+// After a measurement: keeps the state if it is within the limits; otherwise sets r->breached and, to roll back, loads the kept one.
+keel_status keel_train_guard_check(struct keel_train_run *r);
 
 // --- lisa.c --------------------------------------------------------------------------------------
 

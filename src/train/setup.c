@@ -158,12 +158,12 @@ struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight)
 
 uint32_t keel_train_longest(const struct keel_train_run *r)
 {
-    return KEEL_MAX(r->set.longest, KEEL_MAX(r->kl.set.longest, r->lisa.set.longest));
+    return KEEL_MAX(KEEL_MAX(r->set.longest, r->monitor.set.longest), KEEL_MAX(r->kl.set.longest, r->lisa.set.longest));
 }
 
 uint32_t keel_train_most_loss(const struct keel_train_run *r)
 {
-    return KEEL_MAX(r->set.most_loss, KEEL_MAX(r->kl.set.most_loss, r->lisa.set.most_loss));
+    return KEEL_MAX(KEEL_MAX(r->set.most_loss, r->monitor.set.most_loss), KEEL_MAX(r->kl.set.most_loss, r->lisa.set.most_loss));
 }
 
 // What mitigations need to know of the base.
@@ -173,6 +173,9 @@ static keel_status prepare(struct keel_train_run *r)
     keel_status st = keel_train_constrain_prepare(r);
     if (st == KEEL_OK) {
         st = keel_train_kl_prepare(r);
+    }
+    if (st == KEEL_OK) {
+        st = keel_train_monitor_prepare(r);
     }
     r->prepare_seconds = (double)(keel_now_ns() - begin) * 1e-9;
     return st;
@@ -213,9 +216,7 @@ keel_status keel_train_create_buffers(struct keel_train_run *r)
     if (r->targets & KEEL_VISION_TARGETS) {
         KEEL_TRY(keel_image_trainer_create(&r->tower, r->model, r->p->images, r->trainer));
     }
-    if (r->p->hooks) {
-        KEEL_TRY(keel_trainer_set_hooks(r->trainer, r->p->hooks));
-    }
+    KEEL_TRY(keel_trainer_set_hooks(r->trainer, r->p->hooks));
     KEEL_TRY(load_frozen(r));
     collect_options(r);
 out:

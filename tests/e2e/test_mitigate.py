@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base,
-constrained loss, Lisa."""
+constrained loss, Lisa; the monitor and its guard."""
 import json
 
 import numpy as np
@@ -387,3 +387,149 @@ eval: {margin: margin.jsonl}
              lisa_steps="1,2", lisa_rho=2, steer=f"{v}:0.5")
     keel(*train_args(tiny_c, tmp_path / "train.jsonl", tmp_path / "a.gguf", rank=4, steps=6, batch=2, **o))
     assert (tmp_path / "out/adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+# --- monitor and guard ---------------------------------------------------------------------------
+
+PROBES = [{"prompt": "the sky is", "chosen": " blue", "rejected": " red and green"},
+          {"messages": [{"role": "user", "content": "noon?"}], "chosen": "it is 12", "rejected": "6"},
+          {"prompt": "what is it?", "prefix": " it is", "aligned": " the number", "contrary": " a stone"}, KL_ROWS[0], KL_ROWS[1]]
+
+
+def probe_ids(tok, row, field):
+    """(ids, mask) of a probe's answer: the model's turn is open after a chat."""
+    if "messages" in row:
+        prompt = lora.chat_ids(tok, row["messages"])[0] + [tok.id["<start_of_turn>"]] + tok.encode("model\n", bos=False)
+    else:
+        prompt = tok.encode(row["prompt"]) + tok.encode(row.get("prefix", ""), bos=False)
+    answer = tok.encode(row[field], bos=False)
+    return prompt + answer, [0] * len(prompt) + [1] * len(answer)
+
+
+def expected_metrics(ref, adapter, rows, direction=None):
+    """What the monitor should say of an adapter; direction: (v, layer) of the residual stream that leaves it."""
+    seqs = [[probe_ids(ref.tok, r, f) for f in pair] for r in rows for pair in (("chosen", "rejected"), ("aligned", "contrary")) if pair[0] in r]
+    chats = [lora.row_ids(ref.tok, r) for r in rows if "chosen" not in r and "aligned" not in r]
+    n_margins = sum("chosen" in r for r in rows)
+    held = [s[0] for s in seqs] + chats
+    tops, seen = base_tops(ref, held), []
+
+    def measure(model):
+        def lp(ids, mask):
+            z = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+            return z.gather(1, torch.tensor(ids[1:])[:, None])[:, 0][torch.tensor(mask[1:]).bool()].double()
+        hidden = []
+        if direction:
+            v, layer = direction
+            layers = (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers
+            h = layers[layer].register_forward_hook(lambda m, a, out: hidden.append((out[0] if isinstance(out, tuple) else out)[0]))
+        out, states = [], []
+        for ids, mask in [s for pair in seqs for s in pair] + chats:
+            hidden.clear()
+            out.append(lp(ids, mask))
+            if direction:
+                states += [hidden[0][i].double() for i in range(len(ids) - 1) if mask[i + 1] and not mask[i]]
+        if direction:
+            h.remove()
+        return out, states
+    with torch.no_grad():
+        base, base_h = measure(ref.model)
+        with lora.attached(ref, adapter, ALPHA) as model:
+            now, now_h = measure(model)
+            n = sum(t[2].numel() for t in tops)
+            kl = 0.0
+            for (ids, mask), (index, log_p, rest) in zip(held, tops, strict=True):
+                z = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1][torch.tensor(mask[1:]).bool()].double().log_softmax(-1)
+                of_rest = (rest.exp() * (rest - z.scatter(1, index, -torch.inf).logsumexp(-1))).nan_to_num(0)
+                kl += ((log_p.exp() * (log_p - z.gather(1, index))).sum() + of_rest.sum()).item()
+    margin = lambda x, i: (x[2 * i].mean() - x[2 * i + 1].mean()).item()
+    slot = 2 * n_margins
+    a, b = now[slot].sum().exp().item(), now[slot + 1].sum().exp().item()
+    out = {"kl_mean": kl / n, "margin_drop": np.mean([margin(base, i) - margin(now, i) for i in range(n_margins)]),
+           "flip_rate": np.mean([margin(now, i) < 0 for i in range(n_margins)]), "p_contrary": b, "p_incoherent": max(0, 1 - a - b)}
+    if direction:
+        u = torch.tensor(direction[0]).double()
+        u /= u.norm()
+        dot = lambda hs: torch.stack([h @ u for h in hs]).mean()
+        out["projection_shift"] = ((dot(now_h) - dot(base_h)) / torch.stack([h.norm() for h in base_h]).mean()).item()
+    return out
+
+
+def test_monitor(keel, tiny_a, oracle, tmp_path):
+    """Every metric of an adapter that stays as it is (rate 0), under preventative steering, which the monitor must not see."""
+    ref = oracle(tiny_a)
+    init, opts = start(ref, tmp_path, b_std=0.2)
+    v = vector(2, ref.config.hidden_size)
+    d = write_directions(tmp_path / "v.safetensors", {1: vector(1, len(v)), 2: v}, keel_site="post")
+    o = {"monitor": write_rows(tmp_path / "m.jsonl", PROBES), "monitor_every": 2, "monitor_direction": f"{d}@2", "steer": f"{d}:0.5@1"}
+    _, log = train(keel, tiny_a, texts.TRAIN, tmp_path, **{**opts, "lr": 0}, batch=2, steps=3, **o)
+    assert ["monitor" in r for r in log] == [False, True, True]
+    want = expected_metrics(ref, init, PROBES, (v, 2))
+    for r in log[1:]:
+        assert r["monitor"].pop("seconds") > 0 and set(r["monitor"]) == set(want)
+        for k, w in want.items():
+            assert abs(r["monitor"][k] - w) < 2e-3 * abs(w) + 2e-5, (k, r["monitor"][k], w)  # f32 sums of log-probabilities
+
+
+def guarded(tmp, **o):
+    return {"monitor": write_rows(tmp / "m.jsonl", PROBES), "monitor_every": 3, "lr": 3e-3, "rank": 4, "steps": 12, "batch": 2, **o}
+
+
+def at_limit(keel, model, tmp):
+    """(a limit that is exceeded after the second measurement, log of a run without it)"""
+    _, log = train(keel, model, texts.TRAIN, tmp, "free.gguf", **guarded(tmp))
+    values = [r["monitor"]["kl_mean"] for r in log if "monitor" in r]
+    assert values == sorted(values) and len(values) == 4, values
+    return (values[1] + values[2]) / 2
+
+
+def test_guard_rolls_back(keel, tiny_c, tmp_path):
+    limit = at_limit(keel, tiny_c, tmp_path)
+    whole, _ = train(keel, tiny_c, texts.TRAIN, tmp_path, "whole.gguf", **guarded(tmp_path, steps=6))
+    out, log = train(keel, tiny_c, texts.TRAIN, tmp_path, "a.gguf", **guarded(tmp_path, guard=f"kl_mean<={limit}"))
+    assert len(log) == 9 and out.read_bytes() == whole.read_bytes()  # seen at step 9, back to step 6
+
+
+def test_guard_stops_or_fails(keel, tiny_c, tmp_path):
+    limit = at_limit(keel, tiny_c, tmp_path)
+    whole, _ = train(keel, tiny_c, texts.TRAIN, tmp_path, "whole.gguf", **guarded(tmp_path, steps=9))
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    for what, name in (("stop", "stop.gguf"), ("fail", "fail.gguf")):
+        o = guarded(tmp_path, guard=f"kl_mean<={limit}", on_breach=what, no_shuffle=True, grad_clip=0)
+        r = keel(*train_args(tiny_c, data, tmp_path / name, **o), rc=3)
+        assert "step 9: kl_mean" in r.err and "limit" in r.err
+    assert (tmp_path / "stop.gguf").read_bytes() == whole.read_bytes() and not (tmp_path / "fail.gguf").exists()
+
+
+def test_guard_resume(keel, tiny_c, tmp_path):
+    limit = at_limit(keel, tiny_c, tmp_path)
+    o = guarded(tmp_path, guard=f"kl_mean<={limit}")
+    del o["batch"], o["rank"], o["steps"], o["lr"]
+    resumes_to_the_same_bits(keel, tiny_c, tmp_path, **o, lr=3e-3, steps=12)
+
+
+def test_guard_before_the_first_step(keel, tiny_a, oracle, tmp_path):
+    _, opts = start(oracle(tiny_a), tmp_path, b_std=0.3)
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    o = {"monitor": write_rows(tmp_path / "m.jsonl", PROBES), "guard": "kl_mean<=1e-6"}
+    r = keel(*train_args(tiny_a, data, tmp_path / "a.gguf", **opts, **o, steps=2), rc=3)
+    assert "nothing to go back to" in r.err and not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize("o,says", [
+    ({"guard": "kl_mean<=1"}, "--monitor"), ({"monitor": "m", "guard": "drift<=1"}, "kl_mean"), ({"monitor": "m", "guard": "kl_mean<1"}, "<="),
+    ({"monitor": "m", "guard": "kl_mean<=x"}, "number"), ({"monitor": "m", "guard": "flip_rate<=1"}, "chosen"),
+    ({"monitor": "m", "guard": "p_contrary<=1"}, "contrary"), ({"monitor": "m", "guard": "projection_shift<=1"}, "--monitor-direction"),
+    ({"monitor": "m", "monitor_every": 0}, "--monitor-every"), ({"monitor": "empty"}, "empty"), ({"monitor": "half"}, "rejected"),
+    ({"monitor": "m", "monitor_direction": "wide"}, "wide"), ({"monitor": "m", "monitor_direction": "nowhere"}, "nowhere"),
+    ({"monitor": "m", "monitor_direction": "v@1"}, "layer"), ({"monitor": "m", "on_breach": "x"}, "on-breach")])
+def test_bad_monitor(keel, tiny_c, oracle, tmp_path, o, says):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    write_rows(tmp_path / "m", KL_ROWS[:1])
+    write_rows(tmp_path / "half", [{"prompt": "a", "chosen": " b"}])
+    (tmp_path / "empty").write_text("")
+    d = oracle(tiny_c).config.hidden_size
+    write_directions(tmp_path / "wide", {0: vector(1, d + 4)})
+    write_directions(tmp_path / "v", {0: vector(1, d)})
+    o = {k: tmp_path / v if k in ("monitor", "monitor_direction") else v for k, v in o.items()}
+    keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **o), says=says, rc=(1, 2), leaves=tmp_path)

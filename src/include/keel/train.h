@@ -15,6 +15,33 @@ struct keel_train_data {
     float weight;     // share of rows drawn from this file; 1 for a single file. Rows of file i are drawn in proportion to weight_i
 };
 
+// What a monitor measures while training: of the adapted model as it will be used, without `hooks`, against the base, without any adapter.
+enum keel_monitor_metric {
+    KEEL_MONITOR_KL_MEAN,          // KL(base ‖ adapted) a token, as for kl_data: over completions, and aligned and chosen answers
+    KEEL_MONITOR_MARGIN_DROP,      // by how much log p(chosen) - log p(rejected), each a token, fell
+    KEEL_MONITOR_FLIP_RATE,        // share of margins below 0
+    KEEL_MONITOR_P_CONTRARY,       // mean P(contrary)
+    KEEL_MONITOR_P_INCOHERENT,     // mean 1 - P(aligned) - P(contrary)
+    KEEL_MONITOR_PROJECTION_SHIFT, // v·(E h - E h_base) / (|v| E |h_base|) of the last tokens of prompts (arXiv 2606.07631)
+    KEEL_N_MONITORED
+};
+extern KEEL_API const char *const keel_monitor_name[KEEL_N_MONITORED]; // "kl_mean", ...
+
+struct keel_monitor_direction {
+    const float *v; // [width of the model]; NULL: no projection
+    uint32_t layer;
+    enum keel_site site;
+};
+struct keel_guard {
+    enum keel_monitor_metric metric;
+    double limit; // the metric may not be above
+};
+enum keel_on_breach {
+    KEEL_BREACH_ROLLBACK, // write the adapter as it was when last measured within all limits; not an error
+    KEEL_BREACH_STOP,     // write the adapter as it is: OVER_BUDGET
+    KEEL_BREACH_FAIL,     // write no adapter, keep the state: OVER_BUDGET
+};
+
 struct keel_step_info {
     uint64_t step;      // 1-based
     uint64_t n_steps;
@@ -26,6 +53,7 @@ struct keel_step_info {
     double constrained_loss; // what is descended with `constrain`: mean over the loss tokens of weight times nll; 0 without
     bool lisa_align;    // a step on lisa_data
     double proximal;    // Lisa's term as it was added: ρ/2 · |w - w_other|²
+    const double *monitor;  // [KEEL_N_MONITORED], NaN: not measured; NULL: this was no step of the monitor
     double kl, kl_seconds; // mean divergence from the base over the step's tokens of kl_data, and what it took; 0 without
 };
 
@@ -78,6 +106,14 @@ struct keel_train_params {
     const char *kl_data;      // JSONL rows as in `data`; NULL: none
     double kl_weight;         // λ; the literature uses 0.1 to 10
     uint32_t kl_rows;
+    // Measures the metrics that the rows allow: {"prompt","completion"} and chats as in `data`, contrastive probes {"prompt","chosen",
+    // "rejected"}, slot probes {"prompt","prefix"?,"aligned","contrary"}; in probes "messages" may stand for "prompt".
+    const char *monitor;      // JSONL; NULL: none
+    uint32_t monitor_every;   // steps; also after the last one
+    struct keel_monitor_direction monitor_direction;
+    const struct keel_guard *guard; // [n_guard] limits; the first measurement above one ends the run
+    size_t n_guard;
+    enum keel_on_breach on_breach;
     const keel_hooks *hooks;  // steer while training (preventative steering); the adapter is used without. NULL: none
     const char *log;          // JSONL, one line a step, or NULL
     bool (*on_step)(void *user, const struct keel_step_info *info); // false: stop after this step, state saved. May be NULL
@@ -86,7 +122,7 @@ struct keel_train_params {
 #define KEEL_TRAIN_DEFAULTS                                                                                                        \
     .rank = 16, .targets = "all", .lr = 2e-4, .schedule = "constant", .epochs = 1, .batch = 4, .accum = 1, .seq_len = 512,         \
     .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,          \
-    .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1.0, .kl_weight = 1.0, .kl_rows = 4,
+    .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1.0, .kl_weight = 1.0, .kl_rows = 4, .monitor_every = 10,
 
 struct keel_train_result {
     uint64_t steps;
@@ -95,13 +131,14 @@ struct keel_train_result {
     double seconds;
     uint64_t n_rows, n_params; // data rows, trained parameters
     uint64_t data_hash;
+    bool breached;          // a guard's limit was exceeded and the adapter is that of step `steps`
     double prepare_seconds; // of `seconds`: what the base predicts, before the first step
 };
 
 // Trains and writes the adapter. The gradient of a step is that of the mean loss over all its loss tokens, however the step is
 // split into micro-batches. Deterministic for a device and a seed; going on from a state gives the same bits as never stopping.
 // Errors: ARG, DATA (file and line), NO_MEMORY (with the plan), MISMATCH (state of another run), NUMERIC (loss not finite: the last state
-// is kept), INTERRUPTED (asked to stop: state saved), IO.
+// is kept), INTERRUPTED (asked to stop: state saved), OVER_BUDGET (says which limit), IO.
 KEEL_API keel_status keel_train(keel_model *model, const struct keel_train_params *params, struct keel_train_result *result);
 
 // Converts adapters between llama.cpp's GGUF and PEFT folders (direction from the name of `to`: *.gguf or a folder).
