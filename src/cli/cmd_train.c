@@ -88,7 +88,8 @@ static bool parse_guard(const struct train_args *a, struct keel_guard *guard)
         const size_t len = limit ? (size_t)(limit - text) : strlen(text);
         size_t metric = 0;
         char *end = NULL;
-        while (metric < KEEL_N_MONITORED && (strlen(keel_monitor_name[metric]) != len || memcmp(keel_monitor_name[metric], text, len) != 0)) {
+        while (metric < KEEL_N_MONITORED &&
+               (strlen(keel_monitor_name[metric]) != len || memcmp(keel_monitor_name[metric], text, len) != 0)) {
             metric++;
         }
         if (limit) {
@@ -220,7 +221,8 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         .init_adapter = a->init_adapter, .frozen = frozen, .n_frozen = a->common.lora.n, .checkpoint = a->resume,
         .resume = a->resume != NULL, .save_every = a->save_every,
         .monitor = a->monitor, .monitor_every = a->monitor_every, .guard = guard, .n_guard = a->guard.n,
-        .on_breach = parse_on_breach(a->on_breach), .lisa_data = a->lisa_data, .lisa_rho = a->lisa_rho, .kl_data = a->kl_data, .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
+        .on_breach = parse_on_breach(a->on_breach), .lisa_data = a->lisa_data, .lisa_rho = a->lisa_rho, .kl_data = a->kl_data,
+        .kl_weight = a->kl_weight, .kl_rows = a->kl_rows, .log = a->log, .on_step = on_step, .user = &p,
     };
     if (!parse_constrain(a, params.constrain) || !parse_lisa(a, &params.lisa_align, &params.lisa_task)) {
         return EXIT_USAGE;
