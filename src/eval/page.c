@@ -21,6 +21,7 @@ static const char style[] =
     "white-space:nowrap}.u{color:#666;font-size:.8rem;font-weight:400}.over{color:#b02a00;font-weight:600}.ok{color:#00684a;font-weight:600}"
     "details{margin:.6rem 0}summary{cursor:pointer;font-weight:600}pre{background:#f4f6f8;padding:.7rem;overflow-x:auto;font-size:.85rem}"
     "td img{display:block;width:72px;image-rendering:pixelated;margin:0 0 .3rem;border:1px solid #ddd}"
+    ".s th,.s td{padding:.35rem .3rem}.s td:first-child{min-width:7rem}.s .ci{white-space:normal}"
     "svg{max-width:100%;height:auto}.narrow{display:none}@media(max-width:600px){.narrow{display:block}.wide{display:none}"
     "th,td{padding:.3rem .25rem}table{font-size:.82rem}.ci{font-size:.7rem;white-space:normal}h1{font-size:1.35rem}"
     "td:first-child{min-width:5.2rem}"
