@@ -363,7 +363,7 @@ static const struct arg_option options[] = {
     { .name = "--resume", .type = ARG_STR, .offset = AT(resume), .value = "DIR",
       .help = "keep the state in DIR, and go on from it if there is one; without it OUT.state, afresh" },
     { .name = "--save-every", .type = ARG_U64, .offset = AT(save_every), .value = "N", .def = "0", .min = 0, .max = 1e12,
-      .help = "steps between states; 0: only at the end and on a stop" },
+      .help = "steps between states; 0: every five minutes; always at the end and on a stop" },
     { .name = "--log", .type = ARG_STR, .offset = AT(log), .value = "L.jsonl",
       .help = "one line a step: step, loss, lr, grad_norm, tokens, seconds" },
     OPTIONS_DEVICE,

@@ -399,7 +399,7 @@ keel_status keel_device_create(keel_device **out, const struct keel_device_param
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "out of host memory while opening a device");
     }
     dev->log = log;
-    dev->no_cache = p.no_cache || (p.fault && p.fault[0]); // what a fault teaches is not true
+    dev->no_cache = p.no_cache;
     dev->memory_limit = p.memory_limit;
     dev->transfer.open = STAGE_NONE;
     KEEL_TRY(keel_fault_init(dev, p.fault));

@@ -21,6 +21,7 @@ keel_status keel_fault_init(keel_device *dev, const char *text)
             f->submission = strtoull(colon + 1, NULL, 10);
         }
     }
+    dev->no_cache = dev->no_cache || f->kind == FAULT_COMPILE || f->kind == FAULT_SKIP; // what these teach is not true
     if (text && text[0] && f->kind == FAULT_NONE) {
         KEEL_ERROR(dev->log, "fault \"%s\": there are compile:SHADER, skip:SHADER, lost:SUBMISSION and drop:SUBMISSION", text);
         return KEEL_ERR_ARG;

@@ -46,6 +46,7 @@ struct set_list {
 struct part {
     VkCommandBuffer cmd;
     VkFence fence;
+    struct keel_span mark; // sentinel.c
     VkQueryPool queries; // [0] start, then the end of each dispatch (profiling) or of all; absent without timestamps
     struct set_list sets[N_LAYOUTS]; // by layout_index()
     struct entry *entries; // profiling only
@@ -63,6 +64,7 @@ struct keel_recorder {
     bool ended; // replay: the list is complete
     keel_status status;
     VkCommandPool pool;
+    keel_heap *marks; // of all parts
     struct part **parts; // replay: the list in order; else a ring of MAX_IN_FLIGHT
     uint32_t n_parts, cap_parts;
     uint32_t used;     // replay: parts of the list; else parts begun since creation
@@ -128,6 +130,12 @@ static struct part *new_part(keel_recorder *rec)
         r = dev->vk.vkCreateQueryPool(dev->handle, &queries, NULL, &p->queries);
     }
     if (!vk_ok(rec, r, "preparing a submission")) {
+        free_part(dev, p);
+        return NULL;
+    }
+    const keel_status st = keel_sentinel_alloc(dev, &rec->marks, &p->mark);
+    if (st != KEEL_OK) {
+        fail(rec, st);
         free_part(dev, p);
         return NULL;
     }
@@ -268,6 +276,11 @@ static void wait_part(keel_recorder *rec, struct part *p)
         return;
     }
     (void)dev->vk.vkResetFences(dev->handle, 1, &p->fence);
+    const keel_status ran = keel_sentinel_check(dev, p->mark);
+    if (ran != KEEL_OK) {
+        fail(rec, ran);
+        return;
+    }
     account(rec, p);
 }
 
@@ -279,6 +292,7 @@ static void submit_part(keel_recorder *rec, struct part *p)
         fail(rec, KEEL_ERR_DEVICE_LOST);
         return;
     }
+    keel_sentinel_clear(dev, p->mark);
     p->submit_ns = keel_now_ns();
     const VkSubmitInfo nothing = {.sType = VK_STRUCTURE_TYPE_SUBMIT_INFO};
     const bool drop = keel_fault_submission(dev, FAULT_DROP), lost = keel_fault_submission(dev, FAULT_LOST);
@@ -341,6 +355,7 @@ static void end_part(keel_recorder *rec)
     }
     dev->vk.vkCmdPipelineBarrier(p->cmd, COMPUTE | TRANSFER, COMPUTE | TRANSFER | VK_PIPELINE_STAGE_HOST_BIT, 0, 1, &all, 0, NULL,
                                  0, NULL);
+    keel_sentinel_record(dev, p->cmd, p->mark);
     if (p->queries && !rec->profile) {
         dev->vk.vkCmdWriteTimestamp(p->cmd, VK_PIPELINE_STAGE_BOTTOM_OF_PIPE_BIT, p->queries, 1);
     }
@@ -744,6 +759,7 @@ void keel_recorder_destroy(keel_recorder **prec)
         free_part(rec->dev, rec->parts[i]);
     }
     rec->dev->vk.vkDestroyCommandPool(rec->dev->handle, rec->pool, NULL);
+    keel_heap_destroy(&rec->marks);
     free(rec->parts);
     free(rec);
 }

@@ -165,10 +165,31 @@ static keel_status save_and_stop(struct keel_train_run *r)
     return st == KEEL_OK ? KEEL_INTERRUPTED : st;
 }
 
+// Whether the state is due after this step: every --save-every steps, else every few minutes, since a device that is lost takes
+// parameters and moments with it.
+static bool state_due(const struct keel_train_run *r, uint64_t step, uint64_t saved_ns)
+{
+    const uint64_t minutes = 5;
+    return r->p->save_every ? step % r->p->save_every == 0 : keel_now_ns() - saved_ns > minutes * 60 * 1000000000u;
+}
+
+// Says what is left after the device was lost.
+static void say_lost(const struct keel_train_run *r, uint64_t saved)
+{
+    if (saved > 0) {
+        KEEL_ERROR(r->log, "the device was lost in step %llu; the state of step %llu is in %s: go on with --resume",
+                   (unsigned long long)r->state.step + 1, (unsigned long long)saved, r->state_dir);
+    } else {
+        KEEL_ERROR(r->log, "the device was lost in step %llu, before a state was saved; start again, with --save-every for states more often",
+                   (unsigned long long)r->state.step + 1);
+    }
+}
+
 static keel_status run_steps(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
     const struct keel_train_params *p = r->p;
+    uint64_t saved = r->state.step, saved_ns = keel_now_ns(); // a run that goes on has its state on disk
     while (r->state.step < r->n_steps) {
         struct keel_step_info info = { .step = r->state.step + 1, .n_steps = r->n_steps };
         info.lr = keel_schedule_lr(r->schedule, p->lr, info.step, p->warmup, r->n_steps);
@@ -192,8 +213,10 @@ static keel_status run_steps(struct keel_train_run *r)
         if ((!go_on || keel_interrupted()) && info.step < r->n_steps) {
             return save_and_stop(r);
         }
-        if (p->save_every && info.step % p->save_every == 0 && info.step < r->n_steps) {
+        if (info.step < r->n_steps && state_due(r, info.step, saved_ns)) {
             KEEL_TRY(keel_train_state_save(&r->state, r->state_path));
+            saved = info.step;
+            saved_ns = keel_now_ns();
         }
     }
     if (!r->breached || p->on_breach != KEEL_BREACH_FAIL) {
@@ -205,6 +228,9 @@ static keel_status run_steps(struct keel_train_run *r)
     }
     KEEL_INFO(r->log, "%s: written, as after %llu steps", p->out, (unsigned long long)r->state.step);
 out:
+    if (st == KEEL_ERR_DEVICE_LOST) {
+        say_lost(r, saved);
+    }
     return st;
 }
 

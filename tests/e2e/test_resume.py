@@ -59,6 +59,28 @@ def test_state_every_few_steps(keel, tiny_c, whole, tmp_path):
     check_end(tmp_path, whole)
 
 
+@pytest.mark.parametrize("fault", ["lost", "drop"])
+def test_lost_device(keel, tiny_c, whole, tmp_path, fault):
+    """A device that is lost, or reset in silence, in the middle: the last state is named, and going on gives the same bits."""
+    args = args_in(tmp_path, tiny_c, whole, save_every=2)
+    for submission in (60, 90, 120, 45, 30): # one that lies in a step behind the first state, before the last
+        r = keel(*args, rc=(0, 1), env={"KEEL_FAULT": f"{fault}:{submission}"})
+        if r.rc and "go on with --resume" in r.err:
+            break
+        for f in tmp_path.rglob("*"):
+            if f.is_file():
+                f.unlink()
+    assert r.rc == 1 and "lost in step" in r.err and "state of step" in r.err, str(r)
+    assert ("did not say so" in r.err) == (fault == "drop") and not (tmp_path / "a.gguf").exists()
+    keel(*args)
+    check_end(tmp_path, whole)
+
+
+def test_lost_before_a_state(keel, tiny_c, whole, tmp_path):
+    r = keel.fails(*args_in(tmp_path, tiny_c, whole, save_every=0), env={"KEEL_FAULT": "lost:40"}, says=("device lost", "before a state"))
+    assert "--save-every" in r.err
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)], ids=["SIGINT", "SIGTERM"])
 def test_stop_saves_the_state(keel, tiny_c, whole, tmp_path, sig):
     args = args_in(tmp_path, tiny_c, whole, save_every=0)

@@ -87,7 +87,7 @@ struct keel_train_params {
     keel_images *images;      // for rows with images, or NULL; images that are not encoded yet are, before the first step
     const char *checkpoint;   // folder for the training state, or NULL: OUT.state
     bool resume;              // go on from the state in that folder, if there is one; without it an old state is overwritten
-    uint64_t save_every;      // steps between states; 0: only at the end and on a stop
+    uint64_t save_every;      // steps between states; 0: every five minutes; always at the end and on a stop
     // Constrained fine-tuning (Qi et al. 2024, arXiv 2406.05946): a token's loss is weighted by 2 (1 - σ(β (log π - log π0))), at least
     // 1e-3, with its probabilities under the model as it is and under the base: what the base already says less likely than the model
     // is learnt less. β of the first token of each response, of tokens 2 to 5, and of the others; the paper has 0.5, 2, 0.1.
