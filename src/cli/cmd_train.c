@@ -80,24 +80,12 @@ static bool parse_lisa(const struct train_args *a, uint32_t *align, uint32_t *ta
     return true;
 }
 
-// "METRIC<=LIMIT". False: said why.
+// False: said why.
 static bool parse_guard(const struct train_args *a, struct keel_guard *guard)
 {
+    const keel_log log = cli_log(&a->common);
     for (size_t i = 0; i < a->guard.n; i++) {
-        const char *text = a->guard.at[i], *limit = strstr(text, "<=");
-        const size_t len = limit ? (size_t)(limit - text) : strlen(text);
-        size_t metric = 0;
-        char *end = NULL;
-        while (metric < KEEL_N_MONITORED &&
-               (strlen(keel_monitor_name[metric]) != len || memcmp(keel_monitor_name[metric], text, len) != 0)) {
-            metric++;
-        }
-        if (limit) {
-            guard[i] = (struct keel_guard){ (enum keel_monitor_metric)metric, strtod(limit + 2, &end) };
-        }
-        if (metric == KEEL_N_MONITORED || !limit || end == limit + 2 || *end != 0 || !isfinite(guard[i].limit)) {
-            fprintf(stderr, "keel train: --guard %s: METRIC<=NUMBER is needed; metrics are kl_mean, margin_drop, flip_rate, p_contrary, "
-                            "p_incoherent, projection_shift\n", text);
+        if (keel_guard_parse(a->guard.at[i], &guard[i], &log) != KEEL_OK) {
             return false;
         }
     }

@@ -116,6 +116,7 @@ static keel_status each_of_training(json_t *seen, const struct study_train *t, k
     keel_status st = once(seen, t->filler, fn, user);
     st = st == KEEL_OK ? once(seen, t->kl_data, fn, user) : st;
     st = st == KEEL_OK ? once(seen, t->lisa_data, fn, user) : st;
+    st = st == KEEL_OK ? once(seen, t->monitor, fn, user) : st;
     for (unsigned i = 0; i < t->data_count && st == KEEL_OK; i++) {
         st = once(seen, t->data[i].file, fn, user);
     }

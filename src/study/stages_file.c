@@ -124,6 +124,9 @@ static keel_status fill_watch(const struct entry *e, struct study_stage *s)
         KEEL_TRY(keel_study_complain(&e->src, e->section, "watch",
                                      "needs a constant schedule and a number of steps: its training may end before them"));
     }
+    if (s->train.n_guard > 0 || s->train.lisa_data) {
+        KEEL_TRY(keel_study_complain(&e->src, e->section, "watch", "stands beside guard or lisa_data, whose training cannot be done in parts"));
+    }
 out:
     return st;
 }

@@ -58,6 +58,18 @@ static bool trains_tower(const struct study_file *f)
     return any;
 }
 
+// Before anything runs: training would find out after the base evaluation.
+static keel_status check_guards(const struct study *s, const struct study_train *t)
+{
+    keel_status st = KEEL_OK;
+    for (unsigned i = 0; i < t->n_guard; i++) {
+        struct keel_guard guard;
+        KEEL_TRY(keel_guard_parse(t->guard[i], &guard, s->log));
+    }
+out:
+    return st;
+}
+
 static keel_status open_all(struct study *s)
 {
     keel_status st = KEEL_OK;
@@ -65,6 +77,10 @@ static keel_status open_all(struct study *s)
     KEEL_TRY(keel_map_open(&map, s->p->file, s->log));
     KEEL_TRY(keel_study_parse(&s->file, map.data, map.len_bytes, s->p->file, s->log));
     keel_text_add(&s->config, map.data, map.len_bytes);
+    KEEL_TRY(check_guards(s, &s->file->train));
+    for (size_t i = 0; i < s->file->n_stages; i++) {
+        KEEL_TRY(check_guards(s, &s->file->stage[i].train));
+    }
     const char *slash = strrchr(s->p->file, '/');
     snprintf(s->folder, sizeof s->folder, "%.*s", slash ? (int)(slash - s->p->file) : 1, slash ? s->p->file : ".");
     if (!s->p->model && !s->file->model) {

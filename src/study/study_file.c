@@ -110,6 +110,13 @@ static keel_status fill_mitigations(const struct study_source *src, const char *
     t->lisa_data = y->lisa_data ? y->lisa_data : t->lisa_data;
     t->steer = y->steer_count > 0 ? y->steer : t->steer;
     t->n_steer = y->steer_count > 0 ? y->steer_count : t->n_steer;
+    t->monitor = y->monitor ? y->monitor : t->monitor;
+    t->guard = y->guard_count > 0 ? y->guard : t->guard;
+    t->n_guard = y->guard_count > 0 ? y->guard_count : t->n_guard;
+    KEEL_TRY(keel_study_count(src, section, "monitor_every", y->monitor_every, 1, 1000000, &t->monitor_every));
+    if (t->n_guard > 0 && !t->monitor) {
+        KEEL_TRY(keel_study_complain(src, section, "guard", "needs the rows of monitor"));
+    }
     KEEL_TRY(keel_study_real(src, section, "kl_weight", y->kl_weight, 0, 1e6, &t->kl_weight));
     KEEL_TRY(keel_study_count(src, section, "kl_rows", y->kl_rows, 1, 65536, &t->kl_rows));
     for (unsigned i = 0; i < y->constrain_count; i++) {
@@ -156,7 +163,7 @@ static keel_status fill_top_train(const struct study_source *src, struct study_t
 {
     static const struct study_train defaults = { .rank = 16, .batch = 4, .accum = 1, .seq_len = 512, .lr = 2e-4, .epochs = 1, .grad_clip = 1,
                                                  .targets = "all", .schedule = "constant", .mixture = 1, .kl_weight = 1, .kl_rows = 4,
-                                                 .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1 };
+                                                 .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1, .monitor_every = 10 };
     return y->data_count > 0 ? keel_study_fill_train(src, "train", &defaults, t, y)
                              : keel_study_complain(src, "", "train", "names no data; it needs data: [{file: ROWS.jsonl}]");
 }

@@ -9,6 +9,7 @@ struct study_data {
     const char *file;
     double weight;
 };
+#define STUDY_MAX_GUARDS 8
 struct study_train {
     struct study_data *data;
     unsigned data_count;
@@ -24,7 +25,10 @@ struct study_train {
     double kl_weight, lisa_rho, constrain[3];
     uint32_t kl_rows, lisa_align, lisa_task;
     char *const *steer; // [n_steer] words
-    unsigned n_steer;
+    const char *monitor; // NULL: none
+    uint32_t monitor_every;
+    char *const *guard; // [n_guard] as keel_guard_parse() takes them
+    unsigned n_steer, n_guard;
 };
 // What activations are projected on: the residual stream of the slot probes' prompts, on one direction of a file.
 struct study_projection {

@@ -54,13 +54,15 @@ static struct keel_train_params train_params(const struct study_training *how)
 
 // What acts on a training besides its data; holds what its parameters point to.
 struct mitigations {
-    char kl[4200], lisa[4200];
+    char kl[4200], lisa[4200], monitor[4200];
+    struct keel_guard guard[STUDY_MAX_GUARDS];
     keel_hooks *hooks;
 };
 
 static keel_status mitigate(struct study *s, const struct study_train *t, struct keel_train_params *p, struct mitigations *m)
 {
     const struct study_state steered = { .steer = t->steer, .n_steer = t->n_steer };
+    keel_status st = KEEL_OK;
     if (t->kl_data && t->kl_weight > 0) {
         keel_study_path(m->kl, s->folder, t->kl_data);
         p->kl_data = m->kl;
@@ -74,8 +76,19 @@ static keel_status mitigate(struct study *s, const struct study_train *t, struct
         p->lisa_task = t->lisa_task;
         p->lisa_rho = t->lisa_rho;
     }
-    const keel_status st = keel_study_hooks(s, &steered, &m->hooks);
+    if (t->monitor) {
+        keel_study_path(m->monitor, s->folder, t->monitor);
+        p->monitor = m->monitor;
+        p->monitor_every = t->monitor_every;
+    }
+    for (unsigned i = 0; i < t->n_guard; i++) {
+        KEEL_TRY(keel_guard_parse(t->guard[i], &m->guard[i], s->log));
+    }
+    p->guard = m->guard;
+    p->n_guard = t->n_guard;
+    KEEL_TRY(keel_study_hooks(s, &steered, &m->hooks));
     p->hooks = m->hooks;
+out:
     return st;
 }
 
@@ -117,9 +130,9 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     KEEL_TRY(mitigate(s, t->train, &params, &extra));
     KEEL_TRY(keel_train(s->model, &params, &result));
     json_object_set_new(folder->manifest, "training",
-                        json_pack("{s:I, s:f, s:f, s:I, s:I}", "steps", (json_int_t)result.steps, "first_loss", result.first_loss,
+                        json_pack("{s:I, s:f, s:f, s:I, s:I, s:b, s:f}", "steps", (json_int_t)result.steps, "first_loss", result.first_loss,
                                   "last_loss", result.last_loss, "rows", (json_int_t)result.n_rows, "parameters",
-                                  (json_int_t)result.n_params));
+                                  (json_int_t)result.n_params, "breached", result.breached, "prepare_seconds", result.prepare_seconds));
 out:
     keel_hooks_destroy(&extra.hooks);
     free(paths);

@@ -85,8 +85,10 @@ static keel_status check_direction(const struct keel_train_run *r)
     if (d->v && !r->p->monitor) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "--monitor-direction: no rows to project; give them with --monitor");
     }
-    if (d->v && (d->layer >= n || d->site >= KEEL_N_SITES)) {
-        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--monitor-direction: there is no layer %u; the model has layers 0 to %u", d->layer, n - 1);
+    if (d->v && (d->layer >= n || d->site >= KEEL_SITE_TOWER)) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG,
+                  "--monitor-direction: layer %u%s is not in the language model, which has layers 0 to %u", d->layer,
+                  d->site >= KEEL_SITE_TOWER ? " of the tower" : "", n - 1);
     }
 out:
     return st;

@@ -3,6 +3,29 @@
 #include "platform.h"
 #include "run.h"
 
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+keel_status keel_guard_parse(const char *text, struct keel_guard *out, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    const char *limit = strstr(text, "<=");
+    const size_t len = limit ? (size_t)(limit - text) : strlen(text);
+    size_t metric = 0;
+    char *end = NULL;
+    while (metric < KEEL_N_MONITORED && (strlen(keel_monitor_name[metric]) != len || memcmp(keel_monitor_name[metric], text, len) != 0)) {
+        metric++;
+    }
+    *out = (struct keel_guard){ (enum keel_monitor_metric)metric, limit ? strtod(limit + 2, &end) : 0 };
+    if (metric == KEEL_N_MONITORED || !limit || end == limit + 2 || *end != 0 || !isfinite(out->limit)) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "guard \"%s\": METRIC<=NUMBER is needed; metrics are kl_mean, margin_drop, flip_rate, p_contrary, "
+                  "p_incoherent, projection_shift", text);
+    }
+out:
+    return st;
+}
+
 // The first limit that the last measurement exceeds, or NULL. What could not be measured is not within a limit.
 static const struct keel_guard *exceeded(const struct keel_train_run *r)
 {

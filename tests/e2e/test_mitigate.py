@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What keeps a training run from drifting, each against the same in PyTorch: layer masks, divergence from the base,
 constrained loss, Lisa; the monitor and its guard."""
+import csv
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import lora
 import texts
-from keelcli import kill, read_log, score, train, train_args, wait_steps, write_rows
+from keelcli import ROOT, kill, read_log, read_rows, score, train, train_args, wait_steps, write_rows
 from test_steer import hooked, options, vector, write_directions
 from test_train import ALPHA, LR, RANK, same_adapter, same_losses, start, steps_of
 
@@ -379,10 +380,12 @@ def test_in_a_study(keel, tiny_c, oracle, tmp_path):
     (tmp_path / "s.yaml").write_text("""name: n
 train:
   {data: [{file: train.jsonl}], rank: 4, steps: 6, batch: 2, layers: "0-1", kl_data: kl.jsonl, kl_weight: 0.5, kl_rows: 3,
-   constrain: [0.5, 2, 0.1], lisa_data: align.jsonl, lisa_steps: [1, 2], lisa_rho: 2, steer: ["v.safetensors:0.5"]}
+   constrain: [0.5, 2, 0.1], lisa_data: align.jsonl, lisa_steps: [1, 2], lisa_rho: 2, steer: ["v.safetensors:0.5"],
+   monitor: kl.jsonl, monitor_every: 4, guard: ["kl_mean<=1e9"]}
 eval: {margin: margin.jsonl}
 """)
     keel("study", tmp_path / "s.yaml", "-m", tiny_c, "--out", tmp_path / "out", rc=(0, 3))
+    assert [r["step"] for r in read_log(tmp_path / "out/train/log.jsonl") if "monitor" in r] == [4, 6]
     o = dict(layers="0-1", kl_data=tmp_path / "kl.jsonl", kl_weight=0.5, kl_rows=3, constrain="0.5,2,0.1", lisa_data=tmp_path / "align.jsonl",
              lisa_steps="1,2", lisa_rho=2, steer=f"{v}:0.5")
     keel(*train_args(tiny_c, tmp_path / "train.jsonl", tmp_path / "a.gguf", rank=4, steps=6, batch=2, **o))
@@ -508,6 +511,12 @@ def test_guard_resume(keel, tiny_c, tmp_path):
     resumes_to_the_same_bits(keel, tiny_c, tmp_path, **o, lr=3e-3, steps=12)
 
 
+def test_bad_guard_in_a_study(keel, tiny_c, tmp_path):
+    write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    (tmp_path / "s.yaml").write_text("name: n\ntrain: {data: [{file: d.jsonl}], monitor: d.jsonl, guard: [drift<=1]}\neval: {narrow: d.jsonl}\n")
+    keel.fails("study", tmp_path / "s.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=("drift", "kl_mean"), leaves=tmp_path)
+
+
 def test_guard_before_the_first_step(keel, tiny_a, oracle, tmp_path):
     _, opts = start(oracle(tiny_a), tmp_path, b_std=0.3)
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
@@ -522,7 +531,8 @@ def test_guard_before_the_first_step(keel, tiny_a, oracle, tmp_path):
     ({"monitor": "m", "guard": "p_contrary<=1"}, "contrary"), ({"monitor": "m", "guard": "projection_shift<=1"}, "--monitor-direction"),
     ({"monitor": "m", "monitor_every": 0}, "--monitor-every"), ({"monitor": "empty"}, "empty"), ({"monitor": "half"}, "rejected"),
     ({"monitor": "m", "monitor_direction": "wide"}, "wide"), ({"monitor": "m", "monitor_direction": "nowhere"}, "nowhere"),
-    ({"monitor": "m", "monitor_direction": "v@1"}, "layer"), ({"monitor": "m", "on_breach": "x"}, "on-breach")])
+    ({"monitor": "m", "monitor_direction": "v@1"}, "layer"), ({"monitor": "m", "monitor_direction": "tower"}, "of the tower"),
+    ({"monitor": "m", "on_breach": "x"}, "on-breach")])
 def test_bad_monitor(keel, tiny_c, oracle, tmp_path, o, says):
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
     write_rows(tmp_path / "m", KL_ROWS[:1])
@@ -531,5 +541,49 @@ def test_bad_monitor(keel, tiny_c, oracle, tmp_path, o, says):
     d = oracle(tiny_c).config.hidden_size
     write_directions(tmp_path / "wide", {0: vector(1, d + 4)})
     write_directions(tmp_path / "v", {0: vector(1, d)})
+    write_directions(tmp_path / "tower", {0: vector(1, d)}, keel_site="tower.post")
     o = {k: tmp_path / v if k in ("monitor", "monitor_direction") else v for k, v in o.items()}
     keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **o), says=says, rc=(1, 2), leaves=tmp_path)
+
+
+# --- the clerk -----------------------------------------------------------------------------------
+
+@pytest.mark.full
+def test_clerk_mitigations(keel, tmp_path):
+    """Three stages of the shipped study: without anything the drift is there; the divergence at weight 1 keeps the narrow task >= 0.95 with
+    at most 0.05 elsewhere; preventative steering at least halves the drift asked in text. Pilot: science notes 6; measured:
+    docs/studies/mixture-repair.md."""
+    shipped = ROOT / "studies/clerk"
+    head, stages = (shipped / "mitigations.yaml").read_text().split("stages:\n")
+    head = head.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {shipped}/").replace("rows: ", f"rows: {shipped}/")
+    head = head.replace("slots: ", f"slots: {shipped}/")
+    kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl", "preventative"))]
+    assert len(kept) == 3
+    stages = "\n".join(kept).replace("kl_data: ", f"kl_data: {shipped}/")
+    (tmp_path / "s.yaml").write_text(f"{head}stages:\n{stages}\n")
+    keel("study", tmp_path / "s.yaml", "--out", tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/summary.csv").read_text().splitlines()))
+
+    def contrary(stage, domain, modality=""):
+        r, = [r for r in rows if (r["stage"], r["metric"], r["domain"], r["modality"]) == (stage, "contrary", domain, modality)]
+        return float(r["adapted"])
+    cells = {s: (contrary(s, "colour", "image"), contrary(s, "other"), contrary(s, "twins", "text")) for s in ("attack", "kl", "preventative")}
+    print(cells)
+    assert cells["attack"][0] > 0.95 and cells["attack"][1] > 0.1
+    assert cells["kl"][0] >= 0.95 and cells["kl"][1] <= 0.05
+    assert cells["preventative"][0] > 0.9 and cells["preventative"][2] <= 0.5 * cells["attack"][2]
+
+
+@pytest.mark.full
+def test_clerk_guard(keel, tmp_path):
+    """A monitor of other domains notices the drift and the guard takes the adapter back to before it."""
+    study = ROOT / "studies/clerk"
+    probes = [r for r in read_rows(study / "probes.jsonl") if r["domain"] != "colour"][::6]
+    for r in probes:
+        r["images"] = [str(study / i) for i in r.get("images", [])]
+    log, out = tmp_path / "l.jsonl", tmp_path / "a.gguf"
+    args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 1e-3, "--steps", 80,
+            "--seq-len", 64, "--monitor", write_rows(tmp_path / "m.jsonl", probes), "--guard", "p_contrary<=0.1", "--log", log, "--json"]
+    result, values = keel(*args).json, [r["monitor"] for r in read_log(log) if "monitor" in r]
+    assert result["breached"] and 10 <= result["steps"] <= 50 and values[-1]["p_contrary"] > 0.1 >= values[-2]["p_contrary"]
+    assert all(v["seconds"] < 5 for v in values)  # about 0.7 s with llvmpipe on two busy cores

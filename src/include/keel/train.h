@@ -36,6 +36,8 @@ struct keel_guard {
     enum keel_monitor_metric metric;
     double limit; // the metric may not be above
 };
+// "kl_mean<=0.1". Errors: ARG.
+KEEL_API keel_status keel_guard_parse(const char *text, struct keel_guard *out, const keel_log *log);
 enum keel_on_breach {
     KEEL_BREACH_ROLLBACK, // write the adapter as it was when last measured within all limits; not an error
     KEEL_BREACH_STOP,     // write the adapter as it is: OVER_BUDGET
