@@ -258,6 +258,50 @@ static void test_alternatives(void **state)
     keel_model_close(&m);
 }
 
+// Rows that begin alike, between others, give what each gives by itself; the shared tokens lie in a cache, which is made only then.
+// With batches of 16 the ring of local layers (window 12) is overwritten from row to row.
+static void test_shared_prefixes(void **state)
+{
+    enum { ROWS = 7, SHARED = 80, MOST = 96 };
+    (void)state;
+    const struct tiny t = { TINY_DEFAULTS };
+    keel_model *m = loaded(&t);
+    int32_t ids[ROWS][MOST];
+    float want[ROWS][MOST], got[ROWS][MOST];
+    struct keel_score_row rows[ROWS];
+    draw_ids(ids[0], ROWS * MOST, t.vocab, 3);
+    for (uint32_t i = 0; i < ROWS; i++) {
+        if (i > 1 && i < ROWS - 1) { // like row 1; the first and the last row stand alone
+            memcpy(ids[i], ids[1], SHARED * sizeof *ids[i]);
+        }
+        // row 3 scores nothing; the prompt of row 4 ends before the shared tokens do
+        rows[i] = (struct keel_score_row){ .ids = ids[i], .n = i == 3 ? SHARED + 1 : MOST - i, .first = i == 4 ? SHARED - 3 : SHARED + 1,
+                                           .logprobs = got[i] };
+    }
+    const uint32_t batches[] = { 256, 64, 16 };
+    for (size_t k = 0; k < KEEL_COUNT(batches); k++) {
+        keel_session *s = NULL;
+        uint64_t before, after, peak;
+        assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 128, .n_batch = batches[k] }), KEEL_OK);
+        keel_device_memory(dev, &before, &peak);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            struct keel_score_row row = rows[i];
+            row.logprobs = want[i];
+            assert_int_equal(keel_session_score(s, &row, 1, NULL, NULL), KEEL_OK);
+        }
+        keel_device_memory(dev, &after, &peak);
+        assert_true(batches[k] < MOST || after == before);
+        assert_int_equal(keel_session_score(s, rows, ROWS, NULL, NULL), KEEL_OK);
+        keel_device_memory(dev, &after, &peak);
+        assert_true(after > before);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            assert_close(got[i], want[i], rows[i].n - rows[i].first, 1e-4f, "a shared prefix");
+        }
+        keel_session_destroy(&s);
+    }
+    keel_model_close(&m);
+}
+
 static void test_decode_prefill_score(void **state)
 {
     (void)state;
@@ -584,6 +628,7 @@ int main(void)
         cmocka_unit_test(test_targets),              cmocka_unit_test(test_spans),
         cmocka_unit_test(test_plan),                 cmocka_unit_test(test_decode_prefill_score),
         cmocka_unit_test(test_alternatives),
+        cmocka_unit_test(test_shared_prefixes),
         cmocka_unit_test(test_generate),
         cmocka_unit_test(test_session_limits),       cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_adapter_files),

@@ -98,7 +98,8 @@ struct keel_score_row {
     uint32_t n_alt;
     float *alt_logprobs;  // [n_alt], filled in, nats: log p(alt[i] | ids[0..n - 1)). Costs no pass of its own
 };
-// Rows are packed into batches; logits are computed only where a token is scored. Adapters count. The session's own sequence is
+// Rows are packed into batches; logits are computed only where a token is scored. Neighbouring rows that begin with the same tokens
+// and images (the same embeds) share their computation where that is cheaper, unless there are hooks. Adapters count. The session's own sequence is
 // kept. Errors: DATA (a row longer than the context: its index), NUMERIC, DEVICE_LOST.
 // `progress`, unless NULL, is told tokens done and in total; returning false stops with INTERRUPTED.
 KEEL_API keel_status keel_session_score(keel_session *session, struct keel_score_row *rows, size_t n_rows,
