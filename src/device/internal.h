@@ -207,8 +207,8 @@ void keel_transfer_finish(keel_device *dev);
 
 // --- sentinel.c ----------------------------------------------------------------------------------
 
-// The word of one submission, from `*heap`, which is made at first use. Errors: NO_MEMORY.
-keel_status keel_sentinel_alloc(keel_device *dev, keel_heap **heap, struct keel_span *mark);
+// The word of one submission, from `*heap`, which is made at first use; `index` counts them. Errors: NO_MEMORY.
+keel_status keel_sentinel_alloc(keel_device *dev, keel_heap **heap, uint32_t index, struct keel_span *mark);
 void keel_sentinel_clear(keel_device *dev, struct keel_span mark); // before the submission
 void keel_sentinel_record(keel_device *dev, VkCommandBuffer cmd, struct keel_span mark); // last, after a barrier
 // After the submission ended. Errors: DEVICE_LOST, logged.

@@ -133,7 +133,7 @@ static struct part *new_part(keel_recorder *rec)
         free_part(dev, p);
         return NULL;
     }
-    const keel_status st = keel_sentinel_alloc(dev, &rec->marks, &p->mark);
+    const keel_status st = keel_sentinel_alloc(dev, &rec->marks, rec->n_parts, &p->mark);
     if (st != KEEL_OK) {
         fail(rec, st);
         free_part(dev, p);

@@ -5,13 +5,19 @@
 
 #define DONE_WORD 0x6b65656cu
 
-keel_status keel_sentinel_alloc(keel_device *dev, keel_heap **heap, struct keel_span *mark)
+#define MARK_BYTES 256u // spans are aligned so
+#define MARKS 16u       // in a block: a recorder has a few submissions, a long list for replay more
+
+keel_status keel_sentinel_alloc(keel_device *dev, keel_heap **heap, uint32_t index, struct keel_span *mark)
 {
     keel_status st = KEEL_OK;
     if (!*heap) {
         KEEL_TRY(keel_heap_create(heap, dev, KEEL_HEAP_HOST, "sentinels"));
     }
-    KEEL_TRY(keel_heap_alloc(*heap, 256, mark));
+    if (index % MARKS == 0) {
+        KEEL_TRY(keel_heap_reserve(*heap, MARKS * MARK_BYTES)); // blocks are larger unless told
+    }
+    KEEL_TRY(keel_heap_alloc(*heap, MARK_BYTES, mark));
 out:
     return st;
 }
