@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # test.sh: installs what is missing, builds, runs every test; the last line says how many passed and failed.
 #   ./test.sh           unit tests and end-to-end tests on tiny models
-#   ./test.sh --full    also the real 270M, sanitizers, fuzzers (60 s each), SwiftShader
+#   ./test.sh --full    also the real 270M, sanitizers, fuzzers (60 s each), every Vulkan driver at hand (tests/drivers.py)
 set -euo pipefail
 cd "$(dirname "$0")"
 . tests/setup.sh
@@ -75,6 +75,10 @@ else
         VK_ICD_FILENAMES=$swiftshader unit build "unit tests on SwiftShader" --timeout-multiplier 3
         VK_ICD_FILENAMES=$swiftshader KEEL_TEST_TIMEOUT=600 e2e "scores and training on SwiftShader" -k "test_tiny or test_lora or test_perplexity"
     fi
+    matrix=$(python3 tests/drivers.py build) || true
+    echo "$matrix"
+    # shellcheck disable=SC2046
+    count $(tail -n 1 <<<"$matrix" | sed 's/\([0-9]*\) passed, \([0-9]*\) failed/\1 \2/') "kernels and the clerk on every driver"
     KEEL_TEST_ARGS="--caps min --validate" e2e "scores on the smallest device, validated" -k "test_tiny or test_lora or test_perplexity"
 
     if ls tests/fuzz/fuzz_*.c >/dev/null 2>&1; then
