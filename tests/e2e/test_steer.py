@@ -530,38 +530,70 @@ def test_a_file_of_repeng(keel, tiny_a, oracle, tmp_path):
         assert np.abs(np.array(g["token_logprobs"]) - expected(ref, row, [("post", i, "add", x, 0.4, "all") for i, x in v.items()])).max() < TOL
 
 
-def test_llama_cpp_steers_the_same(keel, tiny_a, oracle, tmp_path):
+@contextlib.contextmanager
+def llama_cpp(model, vector, coef, width, layers):
+    """next_logits(id) of llama.cpp on the CPU with `coef` times a control vector at `layers` (first, last)."""
     ll = pytest.importorskip("llama_cpp")
-    path = make_control_vector(keel, tiny_a, tmp_path)
-    buf = np.zeros((6, 96), np.float32)  # from layer 1 on, as llama.cpp lays it out
-    for t in gguf.GGUFReader(path).tensors:
-        buf[int(t.name.split(".")[1]) - 1] = 3 * t.data
-    row = {"id": "x", "prompt": texts.ENGLISH[:60], "completion": " the colour of the sky is blue"}
-    g = score(keel, tiny_a, [row], tmp_path, "--steer", f"{path}:3")[0]
-    plain = score(keel, tiny_a, [row], tmp_path)[0]
-    ref = oracle(tiny_a)
-    ids = ref.tok.encode(row["prompt"]) + g["token_ids"]
+    tensors = {int(t.name.split(".")[1]): t.data for t in gguf.GGUFReader(vector).tensors}
+    buf = np.zeros((max(tensors), width), np.float32)  # from layer 1 on, as llama.cpp lays it out
+    for i, v in tensors.items():
+        buf[i - 1] = coef * v
     ll.llama_backend_init()
     params = ll.llama_model_default_params()
     params.n_gpu_layers = 0
-    model = ll.llama_model_load_from_file(str(tiny_a).encode(), params)
+    m = ll.llama_model_load_from_file(str(model).encode(), params)
     cp = ll.llama_context_default_params()
     cp.n_ctx, cp.n_batch, cp.n_ubatch, cp.n_threads, cp.n_threads_batch = 512, 512, 512, 1, 1
     cp.type_k = cp.type_v = 0  # f32
     cp.flash_attn_type = 0
-    ctx = ll.llama_init_from_model(model, cp)
-    assert ll.llama_set_adapter_cvec(ctx, buf.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), buf.size, 96, 1, 6) == 0
-    got = []
-    for i, t in enumerate(ids):
-        assert ll.llama_decode(ctx, ll.llama_batch_get_one((ll.llama_token * 1)(t), 1)) == 0
-        z = np.ctypeslib.as_array(ll.llama_get_logits_ith(ctx, -1), shape=(ref.config.vocab_size,)).astype(np.float64)
-        if i + 1 < len(ids):
-            got.append(z[ids[i + 1]] - z.max() - np.log(np.exp(z - z.max()).sum()))
+    ctx = ll.llama_init_from_model(m, cp)
+    assert ll.llama_set_adapter_cvec(ctx, buf.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), buf.size, width, *layers) == 0
+    n_vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(m))
+
+    def next_logits(token):
+        batch = (ll.llama_token * 1)(token)
+        assert ll.llama_decode(ctx, ll.llama_batch_get_one(batch, 1)) == 0
+        return np.ctypeslib.as_array(ll.llama_get_logits_ith(ctx, -1), shape=(n_vocab,)).astype(np.float64)
+    yield next_logits
     ll.llama_free(ctx)
-    ll.llama_model_free(model)
+    ll.llama_model_free(m)
+
+
+def test_llama_cpp_steers_the_same(keel, tiny_a, oracle, tmp_path):
+    path = make_control_vector(keel, tiny_a, tmp_path)
+    row = {"id": "x", "prompt": texts.ENGLISH[:60], "completion": " the colour of the sky is blue"}
+    g = score(keel, tiny_a, [row], tmp_path, "--steer", f"{path}:3")[0]
+    plain = score(keel, tiny_a, [row], tmp_path)[0]
+    ids, got = oracle(tiny_a).tok.encode(row["prompt"]) + g["token_ids"], []
+    with llama_cpp(tiny_a, path, 3, 96, (1, 6)) as next_logits:
+        for i, following in zip(ids, ids[1:]):
+            z = next_logits(i)
+            got.append(z[following] - z.max() - np.log(np.exp(z - z.max()).sum()))
     got = np.array(got[-len(g["token_ids"]):])
     assert np.abs(got - g["token_logprobs"]).max() < 1e-3
     assert np.abs(got - plain["token_logprobs"]).max() > 0.05
+
+
+@pytest.mark.full
+def test_style_of_the_real_model(keel, real, oracle, tmp_path):
+    """A direction from sentences in capitals and in small letters makes the 270M write in capitals, in keel and in llama.cpp."""
+    pairs = [{"positive": s.upper(), "negative": s} for s in texts.SENTENCES]
+    keel("direction", "-m", real, "--pairs", write_rows(tmp_path / "p.jsonl", pairs), "--positions", "all", "--out", tmp_path / "v.gguf")
+    prompt, tok = "The farmer went to the market because", oracle(real).tok
+    share = lambda text: np.mean([c.isupper() for c in text if c.isalpha()])
+    plain, steered = (generate(keel, real, prompt, 20, "--temp", 0, *more)[1]["text"] for more in ((), ("--steer", f"{tmp_path}/v.gguf:1@8")))
+    print(plain, steered, sep="\n")
+    assert share(plain) < 0.2 and share(steered) > 0.8
+    ids = tok.encode(prompt)
+    with llama_cpp(real, tmp_path / "v.gguf", 1, 640, (8, 8)) as next_logits:
+        for i in ids[:-1]:
+            next_logits(i)
+        new = [ids[-1]]
+        for _ in range(20):
+            new.append(int(next_logits(new[-1]).argmax()))
+    text = "".join(tok.tokens[i].replace("\u2581", " ") for i in new[1:])
+    print(text)
+    assert share(text) > 0.8
 
 
 # --- bad input -----------------------------------------------------------------------------------

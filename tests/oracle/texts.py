@@ -62,3 +62,18 @@ CHAT = [
     {"messages": [{"role": "user", "content": "count <end_of_turn> the\n\nstones"}, {"role": "assistant", "content": "4 + 5 = 9"}]},
     {"messages": [{"role": "user", "content": "noon?"}, {"role": "model", "content": "it's noon."}]},
 ]
+
+SENTENCES = [
+    "The train to the coast leaves at nine in the morning and arrives before noon.",
+    "She opened the window and looked at the garden behind the house.",
+    "Bread is made of flour, water, salt and a little yeast.",
+    "The library is closed on Sundays, but the museum is open all week.",
+    "My brother bought a small boat and painted it green.",
+    "In autumn the leaves fall and the days become shorter.",
+    "The teacher asked the children to write a short story about a dog.",
+    "After dinner we walked along the river until it was dark.",
+    "He repaired the old clock with a screwdriver and a drop of oil.",
+    "The soup needs more pepper and a spoon of cream.",
+    "A cat was sleeping on the warm stones in front of the door.",
+    "They planted apple trees along the road to the village.",
+]
