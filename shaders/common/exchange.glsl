@@ -6,6 +6,7 @@
 //   FILL_EIGHT(v, g, I, e)  group g, value I is e; e must be a valid expression for I = 0 ... 7
 //   PICK_EIGHT(v, g, i)     value i (a literal) of group g
 //   EACH_EIGHT(X)           X(0u) ... X(7u)
+//   ONE_SUBGROUP(n)         whether groups of n neighbouring lanes are whole subgroups, so that values which all of n need may be shared
 //   OPERAND(n, v)           binding n, f32, read as v(index): a storage buffer, or with EXCHANGE texels (n: 0, or 0 and 1)
 #ifdef EXCHANGE
 #extension GL_KHR_shader_subgroup_shuffle : require
@@ -16,6 +17,7 @@
         v[g] = e; \
     }
 #define PICK_EIGHT(v, g, i) subgroupShuffle(v[g], i)
+#define ONE_SUBGROUP(n) (gl_SubgroupSize <= (n))
 #define OPERAND(n, v) \
     layout(set = 0, binding = n) uniform samplerBuffer v##_texels; \
     float v(uint at) \
@@ -29,6 +31,7 @@
         v[(g) * 8u + I] = e; \
     }
 #define PICK_EIGHT(v, g, i) v[(g) * 8u + (i)]
+#define ONE_SUBGROUP(n) true
 #define OPERAND(n, v) \
     layout(set = 0, binding = n) restrict readonly buffer v##_buffer { float v##_values[]; }; \
     float v(uint at) \

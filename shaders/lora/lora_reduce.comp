@@ -20,7 +20,7 @@ shared float part[SLICES > 1 ? 64 * COLS : 1];
 void main()
 {
     const uint lane = gl_LocalInvocationID.x;
-    // Eight neighbouring lanes have the same slice as long as there are eight tokens, so that they can share values of M.
+    // As many neighbouring lanes as there are tokens have the same slice, so that they can share values of M if they are a subgroup.
     const uint tokens = 64u / SLICES;
     const uint slice = SLICES == 1 ? 0u : lane / tokens;
     const uint t = gl_WorkGroupID.x * tokens + lane % tokens;
@@ -35,7 +35,7 @@ void main()
     [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
         const float xv = x(row + k);
         EIGHT(mv, 1);
-        if (SLICES <= 8) {
+        if (SLICES <= 8 && ONE_SUBGROUP(64u / SLICES)) {
             FILL_EIGHT(mv, 0u, I, m(m_at + k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
 #define MAC(i) acc[i] += xv * PICK_EIGHT(mv, 0u, i);
             EACH_EIGHT(MAC)
