@@ -13,7 +13,8 @@ struct image {
     char *path;
     uint64_t hash;  // of the path
     uint64_t content; // hash of the file's bytes, once it was encoded
-    float *embeds;  // [n_tokens, width]
+    uint32_t n_views;
+    float *embeds;  // [n_views, n_tokens, width]
     bool done, failed;
 };
 
@@ -21,6 +22,7 @@ struct keel_images {
     const keel_log *log;
     keel_vision *vision;
     uint32_t n_tokens, width;
+    struct keel_pan_and_scan crops; // all zero: none
     struct image *at;
     size_t n, cap;
 };
@@ -70,19 +72,45 @@ uint32_t keel_images_layers(const keel_images *images)
     return keel_vision_info(images->vision)->n_layers;
 }
 
-keel_status keel_images_add(keel_images *s, const char *path, const float **embeds)
+keel_status keel_images_pan_and_scan(keel_images *s, const struct keel_pan_and_scan *params)
+{
+    KEEL_ASSERT(s->n == 0);
+    const keel_status st = keel_vision_pan_and_scan(s->vision, params);
+    if (st == KEEL_OK) {
+        s->crops = params ? *params : (struct keel_pan_and_scan){ 0 };
+    }
+    return st;
+}
+
+// Floats of one view.
+static size_t view_floats(const keel_images *s)
+{
+    return (size_t)s->n_tokens * s->width;
+}
+
+// Of an image that was added before.
+static struct image *find(keel_images *s, const char *path, uint64_t hash)
+{
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->at[i].hash == hash && strcmp(s->at[i].path, path) == 0) {
+            return &s->at[i];
+        }
+    }
+    return NULL;
+}
+
+keel_status keel_images_add(keel_images *s, const char *path, const float **embeds, uint32_t *n_views)
 {
     keel_status st = KEEL_OK;
     const uint64_t hash = keel_hash(KEEL_HASH_INIT, path, strlen(path));
     struct image im = { .path = NULL, .hash = hash };
+    struct image *known = find(s, path, hash);
     *embeds = NULL;
-    for (size_t i = 0; i < s->n; i++) {
-        if (s->at[i].hash == hash && strcmp(s->at[i].path, path) == 0) {
-            *embeds = s->at[i].embeds;
-            s->at[i].failed = false;
-            return KEEL_OK;
-        }
+    if (known) {
+        known->failed = false;
+        goto found;
     }
+    KEEL_TRY(keel_vision_views(s->vision, path, &im.n_views));
     if (s->n == s->cap) {
         const size_t cap = s->cap ? s->cap * 2 : 16;
         struct image *at = realloc(s->at, cap * sizeof *at);
@@ -93,13 +121,18 @@ keel_status keel_images_add(keel_images *s, const char *path, const float **embe
         s->cap = cap;
     }
     im.path = strdup(path);
-    im.embeds = malloc((size_t)s->n_tokens * s->width * sizeof *im.embeds);
+    im.embeds = malloc(im.n_views * view_floats(s) * sizeof *im.embeds);
     if (!im.path || !im.embeds) {
         KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "%s: no memory for the soft tokens of %zu images", path, s->n + 1);
     }
-    *embeds = im.embeds;
-    s->at[s->n++] = im;
+    s->at[s->n] = im;
+    known = &s->at[s->n++];
     im = (struct image){ 0 };
+found:
+    *embeds = known->embeds;
+    if (n_views) {
+        *n_views = known->n_views;
+    }
 out:
     free(im.path);
     free(im.embeds);
@@ -110,7 +143,9 @@ static keel_status encode(keel_images *s, keel_device *dev, struct image *im)
 {
     keel_status st = KEEL_OK;
     struct keel_map map = { 0 };
-    KEEL_TRY(keel_vision_encode(s->vision, dev, im->path, im->embeds));
+    for (uint32_t v = 0; v < im->n_views; v++) {
+        KEEL_TRY(keel_vision_encode(s->vision, dev, im->path, v, im->embeds + v * view_floats(s)));
+    }
     KEEL_TRY(keel_map_open(&map, im->path, s->log));
     im->content = keel_hash(KEEL_HASH_INIT, map.data, map.len_bytes);
 out:
@@ -149,6 +184,11 @@ uint64_t keel_images_hash(keel_images *s)
 {
     const uint64_t tower = keel_vision_hash(s->vision);
     uint64_t hash = keel_hash(KEEL_HASH_INIT, &tower, sizeof tower);
+    if (s->crops.max_crops > 0) { // field by field: what lies between fields is not defined
+        hash = keel_hash(hash, &s->crops.min_crop, sizeof s->crops.min_crop);
+        hash = keel_hash(hash, &s->crops.max_crops, sizeof s->crops.max_crops);
+        hash = keel_hash(hash, &s->crops.min_ratio, sizeof s->crops.min_ratio);
+    }
     for (size_t i = 0; i < s->n; i++) {
         if (s->at[i].done) {
             hash = keel_hash(hash, &s->at[i].content, sizeof s->at[i].content);
@@ -164,26 +204,36 @@ keel_vision *keel_images_vision(keel_images *images)
     return images->vision;
 }
 
-keel_status keel_images_capture(keel_images *s, keel_device *dev, const float *embeds, uint32_t row, uint32_t first)
+// The image and view whose soft tokens are at `embeds`; NULL: none.
+static struct image *view_at(keel_images *s, const float *embeds, struct keel_view *view)
 {
     for (size_t i = 0; i < s->n; i++) {
-        if (s->at[i].embeds == embeds) {
-            return keel_vision_capture(s->vision, dev, s->at[i].path, row, first);
-        }
-    }
-    KEEL_ASSERT(false); // rows get their images from here
-    return KEEL_ERR_ARG;
-}
-
-const char *keel_images_retake(keel_images *s, const float *embeds)
-{
-    for (size_t i = 0; i < s->n; i++) {
-        if (s->at[i].embeds == embeds) {
-            s->at[i].done = false;
-            return s->at[i].path;
+        for (uint32_t v = 0; v < s->at[i].n_views; v++) {
+            if (s->at[i].embeds + v * view_floats(s) == embeds) {
+                *view = (struct keel_view){ s->at[i].path, v };
+                return &s->at[i];
+            }
         }
     }
     return NULL;
+}
+
+keel_status keel_images_capture(keel_images *s, keel_device *dev, const float *embeds, uint32_t row, uint32_t first)
+{
+    struct keel_view view = { 0 };
+    const struct image *im = view_at(s, embeds, &view);
+    KEEL_ASSERT(im); // rows get their images from here
+    return keel_vision_capture(s->vision, dev, view, row, first);
+}
+
+struct keel_view keel_images_retake(keel_images *s, const float *embeds)
+{
+    struct keel_view view = { 0 };
+    struct image *im = view_at(s, embeds, &view);
+    if (im) {
+        im->done = false;
+    }
+    return view;
 }
 
 void keel_images_due(keel_images *s)

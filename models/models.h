@@ -144,10 +144,15 @@ keel_status keel_hooks_add_capture(keel_hooks *hooks, enum keel_site site, uint3
 // `fn` is called after each batch of keel_session_score() was computed, with the marks of these positions.
 keel_status keel_hooks_after_batch(keel_hooks *hooks, struct keel_positions at,
                                    keel_status (*fn)(void *user, const struct keel_batch_tokens *tokens), void *user);
+// One image that the tower is shown: a file, or one of its crops (keel_vision_views()).
+struct keel_view {
+    const char *path; // borrowed
+    uint32_t index;
+};
 // Runs the tower over an image that rows have (its `embeds`), for the captures at its sites; its patches count as tokens first, first + 1,
 // ... of the row. Nothing comes from or goes to the cache. The tower stays on the device. Errors: as keel_vision_encode().
 keel_status keel_images_capture(keel_images *images, keel_device *dev, const float *embeds, uint32_t row, uint32_t first);
-keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t row, uint32_t first);
+keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, struct keel_view view, uint32_t row, uint32_t first);
 uint32_t keel_vision_patch_count(const keel_vision *vision);
 void keel_images_due(keel_images *images); // all are to be encoded again
 const keel_log *keel_hooks_log(const keel_hooks *hooks);
@@ -193,18 +198,18 @@ struct keel_span keel_trainer_input_grads(const keel_trainer *trainer);
 
 // --- training through the vision tower ------------------------------------------------------------
 
-// Buffers for forward and backward of one image through tower and projector. Loads the tower. Errors: NO_MEMORY, UNSUPPORTED.
+// Buffers for forward and backward of one view through tower and projector. Loads the tower. Errors: NO_MEMORY, UNSUPPORTED.
 typedef struct keel_vision_trainer keel_vision_trainer;
 keel_status keel_vision_trainer_create(keel_vision_trainer **out, keel_vision *vision, keel_device *dev);
 void keel_vision_trainer_destroy(keel_vision_trainer **trainer);
 uint64_t keel_vision_trainer_bytes(const keel_vision *vision, uint32_t rank); // device memory, weights not included
-// Soft tokens [n_tokens, out_width] of an image file under the adapter's vision pairs; no cache. Errors: as keel_vision_encode().
-keel_status keel_vision_trainer_forward(keel_vision_trainer *trainer, const keel_adapter *adapter, const char *image_path,
+// Soft tokens [n_tokens, out_width] of a view under the adapter's vision pairs; no cache. Errors: as keel_vision_encode().
+keel_status keel_vision_trainer_forward(keel_vision_trainer *trainer, const keel_adapter *adapter, struct keel_view view,
                                         float *tokens);
 // Adds to `grads` (laid out like adapter->params) the gradient of Σ d_tokens · tokens with respect to the vision pairs. Computes
 // the forward pass again, so images may come in any order. Blocks until done.
 keel_status keel_vision_trainer_backward(keel_vision_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
-                                         const char *image_path, const float *d_tokens);
+                                         struct keel_view view, const float *d_tokens);
 
 // The tower in the training of a language model on rows with images. Around each keel_trainer_step(), for the same rows:
 typedef struct keel_image_trainer keel_image_trainer;
@@ -218,9 +223,9 @@ keel_status keel_image_trainer_forward(keel_image_trainer *trainer, const keel_a
 keel_status keel_image_trainer_backward(keel_image_trainer *trainer, const keel_adapter *adapter, struct keel_span grads,
                                         const struct keel_seq *seqs, size_t n_seqs);
 
-// The tower of a run's images, and the file that soft tokens at `embeds` belong to, NULL if none do. They will be overwritten:
-// keel_images_encode() computes them anew.
+// The tower of a run's images, and the view that soft tokens at `embeds` belong to; its path is NULL if they belong to none. They
+// will be overwritten: keel_images_encode() computes them anew.
 keel_vision *keel_images_vision(keel_images *images);
-const char *keel_images_retake(keel_images *images, const float *embeds);
+struct keel_view keel_images_retake(keel_images *images, const float *embeds);
 
 #endif

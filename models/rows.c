@@ -18,6 +18,7 @@ struct parse {
     const json_t *list;   // "images", or NULL
     size_t n_taken;       // of `list`
     const float **embeds; // images in the order of the prompt
+    uint32_t *n_views;
     uint32_t n_embeds, cap_embeds;
     struct keel_message *messages;
     struct keel_part *parts; // of all messages
@@ -56,9 +57,11 @@ static keel_status add_file(struct parse *p, const json_t *value)
     keel_text_add(&path, name, strlen(name));
     if (p->n_embeds == p->cap_embeds) {
         const uint32_t cap = p->cap_embeds ? p->cap_embeds * 2 : 4;
-        const float **grown = realloc(p->embeds, cap * sizeof *grown);
-        p->embeds = grown ? grown : p->embeds;
-        p->cap_embeds = grown ? cap : p->cap_embeds;
+        const float **embeds = realloc(p->embeds, cap * sizeof *embeds);
+        p->embeds = embeds ? embeds : p->embeds;
+        uint32_t *n_views = realloc(p->n_views, cap * sizeof *n_views);
+        p->n_views = n_views ? n_views : p->n_views;
+        p->cap_embeds = embeds && n_views ? cap : p->cap_embeds;
     }
     if (path.failed || p->n_embeds == p->cap_embeds) {
         KEEL_FAIL(p->row->log, KEEL_ERR_NO_MEMORY, "%sno memory for the row's images", p->where);
@@ -67,7 +70,10 @@ static keel_status add_file(struct parse *p, const json_t *value)
         KEEL_FAIL(p->row->log, KEEL_ERR_IO, "%simage %s: there is no such file; relative paths start at the folder of the rows",
                   p->where, path.data);
     }
-    KEEL_TRY(keel_images_add(p->images, path.data, &p->embeds[p->n_embeds]));
+    st = keel_images_add(p->images, path.data, &p->embeds[p->n_embeds], &p->n_views[p->n_embeds]);
+    if (st != KEEL_OK) {
+        KEEL_FAIL(p->row->log, st, "%simage %s cannot be used (reason above)", p->where, path.data);
+    }
     p->n_embeds++;
 out:
     keel_text_finish(&path);
@@ -208,6 +214,7 @@ out:
 static void parse_finish(struct parse *p)
 {
     free(p->embeds);
+    free(p->n_views);
     free(p->messages);
     free(p->parts);
 }
@@ -239,7 +246,7 @@ keel_status keel_row_prompt(struct keel_prompt *out, const keel_model *model, ke
     const json_t *prompt;
     *out = (struct keel_prompt){ 0 };
     KEEL_TRY(read_row(&p, &prompt));
-    const struct keel_prompt_images list = { .embeds = p.embeds, .n = p.n_embeds,
+    const struct keel_prompt_images list = { .embeds = p.embeds, .n_views = p.n_views, .n = p.n_embeds,
                                              .n_tokens = images ? keel_images_tokens(images) : 0 };
     const struct keel_prompt_images *const given = images ? &list : NULL;
     if (prompt) {

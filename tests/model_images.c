@@ -309,12 +309,12 @@ static void test_session_errors(void **state)
     assert_int_equal(keel_session_length(s), 0);
     struct keel_score_row row = { .ids = ids, .n = 40, .first = 30, .logprobs = lp, .images = &im, .n_images = 1 };
     assert_int_equal(keel_session_score(s, &row, 1, NULL, NULL), KEEL_ERR_ARG);
-    assert_logged(&log, "row 0: an image of 19 tokens");
+    assert_logged(&log, "row 1: an image of 19 tokens");
     keel_session_destroy(&s);
     assert_int_equal(keel_session_create(&s, m, &(struct keel_session_params){ .n_ctx = 64, .n_batch = 64 }), KEEL_OK);
     row.first = 23; // the image ends at 24
     assert_int_equal(keel_session_score(s, &row, 1, NULL, NULL), KEEL_ERR_ARG);
-    assert_logged(&log, "row 0: scoring starts at token 23");
+    assert_logged(&log, "row 1: scoring starts at token 23");
     row.first = 24;
     assert_int_equal(keel_session_score(s, &row, 1, NULL, NULL), KEEL_OK);
     assert_int_equal(keel_session_append_images(s, ids, 20, &im, 1), KEEL_ERR_ARG);

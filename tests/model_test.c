@@ -428,7 +428,7 @@ static void test_session_limits(void **state)
     struct keel_score_row rows[2] = { { .ids = ids, .n = 5, .first = 1, .logprobs = lp },
                                       { .ids = ids, .n = 40, .first = 1, .logprobs = lp } };
     assert_int_equal(keel_session_score(s, rows, 2, NULL, NULL), KEEL_ERR_DATA);
-    assert_logged(&log, "row 1");
+    assert_logged(&log, "row 2");
     ids[3] = (int32_t)t.vocab;
     assert_int_equal(keel_session_append(s, ids, 5), KEEL_ERR_ARG);
     keel_session_destroy(&s);

@@ -119,7 +119,7 @@ static double loss(struct vision_case *c)
 {
     static float tokens[N_TOKENS * OUT];
     double sum = 0;
-    assert_int_equal(keel_vision_trainer_forward(c->t, c->a, image, tokens), KEEL_OK);
+    assert_int_equal(keel_vision_trainer_forward(c->t, c->a, (struct keel_view){ .path = image }, tokens), KEEL_OK);
     for (size_t i = 0; i < KEEL_COUNT(tokens); i++) {
         sum += (double)c->c[i] * (double)tokens[i];
     }
@@ -206,7 +206,7 @@ static void check_gradients(uint32_t targets)
 {
     static struct vision_case c;
     set_up(&c, targets);
-    assert_int_equal(keel_vision_trainer_backward(c.t, c.a, c.grads, image, c.c), KEEL_OK);
+    assert_int_equal(keel_vision_trainer_backward(c.t, c.a, c.grads, (struct keel_view){ .path = image }, c.c), KEEL_OK);
     assert_int_equal(keel_download(dev, c.g, c.grads, c.a->n_floats * 4), KEEL_OK);
     for (uint32_t i = 0; i < c.a->n_pairs; i++) {
         const struct keel_lora *p = &c.a->pair[i];
@@ -218,7 +218,7 @@ static void check_gradients(uint32_t targets)
     // A second call adds.
     float *twice = calloc(c.a->n_floats, 4);
     assert_non_null(twice);
-    assert_int_equal(keel_vision_trainer_backward(c.t, c.a, c.grads, image, c.c), KEEL_OK);
+    assert_int_equal(keel_vision_trainer_backward(c.t, c.a, c.grads, (struct keel_view){ .path = image }, c.c), KEEL_OK);
     assert_int_equal(keel_download(dev, twice, c.grads, c.a->n_floats * 4), KEEL_OK);
     for (size_t i = 0; i < c.a->n_floats; i++) {
         assert_true(fabsf(twice[i] - 2 * c.g[i]) <= 1e-5f + 1e-5f * fabsf(c.g[i]));
@@ -250,10 +250,10 @@ static void test_forward(void **state)
     static float train[N_TOKENS * OUT], infer[N_TOKENS * OUT], plain[N_TOKENS * OUT];
     (void)state;
     set_up(&c, 127u << KEEL_N_PROJ);
-    assert_int_equal(keel_vision_encode(c.v, dev, image, plain), KEEL_OK);
-    assert_int_equal(keel_vision_trainer_forward(c.t, c.a, image, train), KEEL_OK);
+    assert_int_equal(keel_vision_encode(c.v, dev, image, 0, plain), KEEL_OK);
+    assert_int_equal(keel_vision_trainer_forward(c.t, c.a, (struct keel_view){ .path = image }, train), KEEL_OK);
     assert_int_equal(keel_vision_use_adapter(c.v, dev, c.a), KEEL_OK);
-    assert_int_equal(keel_vision_encode(c.v, dev, image, infer), KEEL_OK);
+    assert_int_equal(keel_vision_encode(c.v, dev, image, 0, infer), KEEL_OK);
     double moved = 0;
     for (size_t i = 0; i < KEEL_COUNT(train); i++) {
         assert_true(fabsf(train[i] - infer[i]) <= 1e-5f);
@@ -261,12 +261,50 @@ static void test_forward(void **state)
     }
     assert_true(moved > 1);
     // Both results are in the cache now, each under its own key.
-    assert_int_equal(keel_vision_encode(c.v, NULL, image, train), KEEL_OK);
+    assert_int_equal(keel_vision_encode(c.v, NULL, image, 0, train), KEEL_OK);
     assert_memory_equal(train, infer, sizeof train);
     keel_vision_drop_adapter(c.v, c.a);
-    assert_int_equal(keel_vision_encode(c.v, NULL, image, train), KEEL_OK);
+    assert_int_equal(keel_vision_encode(c.v, NULL, image, 0, train), KEEL_OK);
     assert_memory_equal(train, plain, sizeof train);
     tear_down(&c);
+}
+
+// --- crops ---------------------------------------------------------------------------------------
+
+// Against transformers' Gemma3ImageProcessor.pan_and_scan (5.24), which was asked for these sizes.
+static void test_crops(void **state)
+{
+    static const struct {
+        uint32_t width, height;
+        struct keel_pan_and_scan p;
+        uint32_t n;
+        struct keel_box box[4];
+    } cases[] = {
+        { 600, 256, { 256, 4, 1.2 }, 2, { { 0, 0, 300, 256 }, { 300, 0, 300, 256 } } },
+        { 1001, 333, { 256, 4, 1.2 }, 3, { { 0, 0, 334, 333 }, { 334, 0, 334, 333 }, { 668, 0, 333, 333 } } },
+        { 256, 900, { 256, 4, 1.2 }, 3, { { 0, 0, 256, 300 }, { 0, 300, 256, 300 }, { 0, 600, 256, 300 } } },
+        { 2000, 300, { 256, 4, 1.2 }, 4, { { 0, 0, 500, 300 }, { 500, 0, 500, 300 }, { 1000, 0, 500, 300 }, { 1500, 0, 500, 300 } } },
+        { 520, 430, { 256, 4, 1.2 }, 2, { { 0, 0, 260, 430 }, { 260, 0, 260, 430 } } },
+        { 300, 280, { 256, 4, 1.2 }, 0, { { 0, 0, 0, 0 } } },
+        { 640, 200, { 256, 4, 1.2 }, 0, { { 0, 0, 0, 0 } } },
+        { 1200, 1000, { 256, 4, 1.2 }, 2, { { 0, 0, 600, 1000 }, { 600, 0, 600, 1000 } } },
+        { 1199, 1000, { 256, 4, 1.2 }, 0, { { 0, 0, 0, 0 } } },
+        { 35, 10, { 3, 16, 1.0 }, 4, { { 0, 0, 9, 10 }, { 9, 0, 9, 10 }, { 18, 0, 9, 10 }, { 27, 0, 8, 10 } } },
+        { 10, 25, { 4, 3, 1.5 }, 3, { { 0, 0, 10, 9 }, { 0, 9, 10, 9 }, { 0, 18, 10, 7 } } },
+        { 64, 64, { 8, 4, 1.0 }, 2, { { 0, 0, 32, 64 }, { 32, 0, 32, 64 } } },
+        { 90, 40, { 40, 8, 2.0 }, 2, { { 0, 0, 45, 40 }, { 45, 0, 45, 40 } } },
+    };
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(cases); i++) {
+        struct keel_box box[KEEL_MAX_CROPS];
+        assert_int_equal(keel_crops(&cases[i].p, cases[i].width, cases[i].height, box), cases[i].n);
+        assert_memory_equal(box, cases[i].box, cases[i].n * sizeof box[0]);
+    }
+    const struct keel_pan_and_scan tiny = { 1, 16, 1.0 };
+    struct keel_box box[KEEL_MAX_CROPS];
+    assert_int_equal(keel_crops(&tiny, 17, 1, box), 9); // crops of two pixels; transformers would add empty ones
+    assert_int_equal(box[8].width, 1);
+    assert_int_equal(keel_crops(&(struct keel_pan_and_scan){ 0 }, 1000, 1, box), 0);
 }
 
 static int open_device(void **state)
@@ -281,6 +319,7 @@ int main(void)
         cmocka_unit_test(test_gradients),
         cmocka_unit_test(test_some_targets),
         cmocka_unit_test(test_forward),
+        cmocka_unit_test(test_crops),
     };
     return cmocka_run_group_tests(tests, open_device, tiny_close_device);
 }

@@ -34,7 +34,7 @@ static void test_defaults(void **state)
     assert_string_equal(f->train.targets, "all");
     assert_string_equal(f->train.schedule, "constant");
     assert_string_equal(f->eval.margin, "p.jsonl");
-    assert_true(!f->eval.kl && !f->eval.narrow && f->eval.answer_tokens == 16 && f->eval.examples == 0);
+    assert_true(!f->pan_and_scan && !f->eval.kl && !f->eval.narrow && f->eval.answer_tokens == 16 && f->eval.examples == 0);
     assert_true(isnan(f->budget.kl_mean) && isnan(f->budget.margin_drop) && isnan(f->budget.flip_rate));
     keel_study_free(&f);
     assert_null(f);
@@ -65,7 +65,7 @@ static void test_values(void **state)
     struct memory_log m;
     (void)state;
     assert_int_equal(parse(&f,
-                           "name: n\nmodel: m.gguf\nseed: 7\nnarrow_domain: colour\n"
+                           "name: n\nmodel: m.gguf\npan_and_scan: true\nseed: 7\nnarrow_domain: colour\n"
                            "train:\n  data: [{file: a, weight: 0.25}, {file: b}]\n  rank: 8\n  alpha: 32\n  targets: attn_q,ffn_down\n"
                            "  lr: 1e-3\n  schedule: cosine\n  warmup: 5\n  steps: 60\n  batch: 2\n  accum: 3\n  seq_len: 64\n"
                            "  weight_decay: 0.5\n  grad_clip: 0\n"
@@ -73,7 +73,7 @@ static void test_values(void **state)
                            "budget: {kl_mean: 0.5, margin_drop: 0, flip_rate: 0.1}\n",
                            &m),
                      KEEL_OK);
-    assert_true(f->seed == 7 && f->train.data_count == 2 && f->train.data[0].weight == 0.25 && f->train.data[1].weight == 1);
+    assert_true(f->pan_and_scan && f->seed == 7 && f->train.data_count == 2 && f->train.data[0].weight == 0.25 && f->train.data[1].weight == 1);
     assert_true(f->train.rank == 8 && f->train.alpha == 32 && f->train.lr == 1e-3 && f->train.warmup == 5 && f->train.steps == 60);
     assert_true(f->train.batch == 2 && f->train.accum == 3 && f->train.seq_len == 64 && f->train.weight_decay == 0.5);
     assert_true(f->train.grad_clip == 0);    // a written zero is no missing value

@@ -17,8 +17,8 @@ struct chat {
     struct keel_text text; // plain text not tokenised yet: turns join their texts as the template does
     size_t loss_from;      // bytes of `text` before the part that counts as an answer; SIZE_MAX: none does
     const struct keel_prompt_images *images; // NULL: there are none, and placeholders are text
-    struct keel_image_tokens *image;         // [images->n]
-    uint32_t n_images;                       // placeholders so far
+    struct keel_image_tokens *image;         // of all views
+    uint32_t n_images, n_views;              // placeholders so far; views in `image`
     int32_t image_start, image_end, image_soft;
 };
 
@@ -119,6 +119,11 @@ out:
 
 #define PLACEHOLDER "<image>"
 
+static uint32_t views_of(const struct chat *c, uint32_t image)
+{
+    return c->images->n_views ? c->images->n_views[image] : 1;
+}
+
 static keel_status image_tokens(struct chat *c)
 {
     keel_status st = KEEL_OK;
@@ -132,7 +137,11 @@ static keel_status image_tokens(struct chat *c)
         KEEL_FAIL(c->model->log, KEEL_ERR_UNSUPPORTED,
                   "%s: the vocabulary has no <start_of_image> and <end_of_image>: this model takes no images", c->model->info.path);
     }
-    c->image = calloc(c->images->n, sizeof *c->image);
+    size_t n_views = 0;
+    for (uint32_t i = 0; i < c->images->n; i++) {
+        n_views += views_of(c, i);
+    }
+    c->image = calloc(n_views, sizeof *c->image);
     if (!c->image) {
         KEEL_FAIL(c->model->log, KEEL_ERR_NO_MEMORY, "no memory for a prompt with %u images", c->images->n);
     }
@@ -140,6 +149,23 @@ out:
     return st;
 }
 
+static keel_status add_view(struct chat *c, const float *embeds)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t n = c->images->n_tokens;
+    keel_text_add(&c->text, "\n\n", 2);
+    KEEL_TRY(control(c, c->image_start, false));
+    c->image[c->n_views++] = (struct keel_image_tokens){ .at = (uint32_t)c->ids.n, .n = n, .embeds = embeds };
+    for (uint32_t k = 0; k < n; k++) {
+        KEEL_TRY(control(c, c->image_soft, false));
+    }
+    KEEL_TRY(control(c, c->image_end, false));
+    keel_text_add(&c->text, "\n\n", 2);
+out:
+    return st;
+}
+
+// The words around an image and its crops are transformers'.
 static keel_status add_image(struct chat *c)
 {
     keel_status st = KEEL_OK;
@@ -147,15 +173,14 @@ static keel_status add_image(struct chat *c)
     if (!c->images || i >= c->images->n) {
         return KEEL_OK; // counted; check_images() reports it
     }
-    keel_text_add(&c->text, "\n\n", 2);
-    KEEL_TRY(control(c, c->image_start, false));
-    c->image[i] = (struct keel_image_tokens){ .at = (uint32_t)c->ids.n, .n = c->images->n_tokens,
-                                                .embeds = c->images->embeds ? c->images->embeds[i] : NULL };
-    for (uint32_t k = 0; k < c->images->n_tokens; k++) {
-        KEEL_TRY(control(c, c->image_soft, false));
+    const float *embeds = c->images->embeds ? c->images->embeds[i] : NULL;
+    const size_t floats = (size_t)c->images->n_tokens * c->model->cfg.width;
+    const uint32_t n = views_of(c, i);
+    keel_text_addf(&c->text, "%s", n > 1 ? "Here is the original image " : "");
+    for (uint32_t v = 0; v < n; v++) {
+        keel_text_addf(&c->text, "%s", v == 0 ? "" : v == 1 ? " and here are some crops to help you see better " : " ");
+        KEEL_TRY(add_view(c, embeds ? embeds + v * floats : NULL));
     }
-    KEEL_TRY(control(c, c->image_end, false));
-    keel_text_add(&c->text, "\n\n", 2);
 out:
     return st;
 }
@@ -297,7 +322,7 @@ static keel_status deliver(struct chat *c, bool mask, struct keel_prompt *out)
     if (st != KEEL_OK) {
         return st;
     }
-    *out = (struct keel_prompt){ .ids = c->ids.ids, .n = (uint32_t)c->ids.n, .images = c->image, .n_images = c->n_images };
+    *out = (struct keel_prompt){ .ids = c->ids.ids, .n = (uint32_t)c->ids.n, .images = c->image, .n_images = c->n_views };
     c->ids.ids = NULL;
     c->image = NULL;
     if (mask) {

@@ -123,7 +123,7 @@ static keel_status store_results(const struct run *r)
             const float b = r->divergence ? r->kl_host[2 * i + 1] : stats[4 * i + 3];
             if (!isfinite(a) || !isfinite(b)) {
                 KEEL_FAIL(s->model->log, KEEL_ERR_NUMERIC, "row %zu, token %u: NaN or infinity; run `keel devices` and report the driver",
-                          at->item->row, at->item->first + at->i);
+                          at->item->row + 1, at->item->first + at->i);
             }
             const uint32_t scored = at->item->n - at->item->first;
             if (at->i >= scored) {
@@ -284,7 +284,7 @@ static keel_status check_images(const struct run *r, const struct item *it, size
     keel_status st = KEEL_OK;
     const keel_log *log = r->s->model->log;
     char what[32];
-    snprintf(what, sizeof what, "row %zu", row);
+    snprintf(what, sizeof what, "row %zu", row + 1);
     KEEL_TRY(keel_images_check(it->images, it->n_images, it->n, r->s->n_batch, what, log));
     const struct keel_image_tokens *last = it->n_images ? &it->images[it->n_images - 1] : NULL;
     if (last && last->at + last->n > it->first) {
@@ -302,24 +302,24 @@ static keel_status check_rows(const struct run *r, const struct item *items, siz
     for (size_t i = 0; i < n_items; i++) {
         const struct item *it = &items[i];
         if (it->first < 1 || it->first > it->n) {
-            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: scoring starts at token %u of %u; there must be one before it", i, it->first, it->n);
+            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: scoring starts at token %u of %u; there must be one before it", i + 1, it->first, it->n);
         }
         if (it->n_alt > 0 && (it->n_alt >= it->first || it->first >= it->n || 2 * it->n_alt > r->s->n_batch)) {
-            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: %u alternatives; a row takes fewer than it has tokens before those scored (%u)", i, it->n_alt,
+            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: %u alternatives; a row takes fewer than it has tokens before those scored (%u)", i + 1, it->n_alt,
                       it->first);
         }
         for (uint32_t k = 0; k < it->n_alt; k++) {
             if (it->alt[k] < 0 || (uint32_t)it->alt[k] >= r->s->model->cfg.vocab) {
-                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i, it->alt[k]);
+                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i + 1, it->alt[k]);
             }
         }
         if (it->n > r->s->n_ctx) {
-            KEEL_FAIL(log, KEEL_ERR_DATA, "row %zu has %u tokens, the context only %u; raise --ctx or shorten the row", i, it->n,
+            KEEL_FAIL(log, KEEL_ERR_DATA, "row %zu has %u tokens, the context only %u; raise --ctx or shorten the row", i + 1, it->n,
                       r->s->n_ctx);
         }
         for (uint32_t t = 0; t < it->n; t++) {
             if (it->ids[t] < 0 || (uint32_t)it->ids[t] >= r->s->model->cfg.vocab) {
-                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i, it->ids[t]);
+                KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i + 1, it->ids[t]);
             }
         }
         KEEL_TRY(check_images(r, it, i));

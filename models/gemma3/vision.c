@@ -166,6 +166,58 @@ void keel_vision_unload(keel_vision *vision)
     vision->dev = NULL;
 }
 
+// --- views of an image ---------------------------------------------------------------------------
+
+keel_status keel_vision_pan_and_scan(keel_vision *vision, const struct keel_pan_and_scan *p)
+{
+    if (p && (p->min_crop == 0 || p->max_crops == 0 || p->max_crops > KEEL_MAX_CROPS || !(p->min_ratio >= 1))) {
+        KEEL_ERROR(vision->log, "pan and scan: crops of at least 1 pixel, 1 to %d of them, from a ratio of at least 1", KEEL_MAX_CROPS);
+        return KEEL_ERR_ARG;
+    }
+    vision->crops = p ? *p : (struct keel_pan_and_scan){0};
+    return KEEL_OK;
+}
+
+// Source: transformers' Gemma3ImageProcessor.pan_and_scan; the same divisions in double, so that no ratio falls elsewhere.
+uint32_t keel_crops(const struct keel_pan_and_scan *p, uint32_t width, uint32_t height, struct keel_box *box)
+{
+    const uint32_t longer = KEEL_MAX(width, height), shorter = KEEL_MIN(width, height);
+    const double ratio = (double)longer / shorter;
+    if (p->max_crops == 0 || ratio < p->min_ratio) {
+        return 0;
+    }
+    uint32_t n = (uint32_t)KEEL_MIN(floor(ratio + 0.5), (double)(longer / p->min_crop));
+    n = KEEL_MIN(KEEL_MAX(n, 2u), p->max_crops);
+    const uint32_t step = keel_div_up(longer, n);
+    if (KEEL_MIN(step, shorter) < p->min_crop) {
+        return 0;
+    }
+    n = keel_div_up(longer, step); // fewer only where crops are a few pixels wide
+    for (uint32_t i = 0; i < n; i++) { // the last is what is left of the image
+        const uint32_t at = i * step, len = KEEL_MIN(step, longer - at);
+        box[i] = width >= height ? (struct keel_box){at, 0, len, height} : (struct keel_box){0, at, width, len};
+    }
+    return n;
+}
+
+keel_status keel_vision_views(const keel_vision *vision, const char *image_path, uint32_t *n_views)
+{
+    keel_status st = KEEL_OK;
+    struct keel_map map = {0};
+    struct keel_box box[KEEL_MAX_CROPS];
+    uint32_t width, height;
+    *n_views = 1;
+    if (vision->crops.max_crops == 0) {
+        return KEEL_OK;
+    }
+    KEEL_TRY(keel_map_open(&map, image_path, vision->log));
+    KEEL_TRY(keel_image_size(&width, &height, map.data, map.len_bytes, image_path, vision->log));
+    *n_views += keel_crops(&vision->crops, width, height, box);
+out:
+    keel_map_close(&map);
+    return st;
+}
+
 // --- encoding ------------------------------------------------------------------------------------
 
 // Values of all patches in the order of the patch embedding's columns: [n_patches, 3, patch, patch]. Gathering them is a
@@ -186,14 +238,33 @@ static void cut_patches(const struct keel_siglip *c, const struct keel_image *im
     }
 }
 
-static keel_status read_image(const keel_vision *v, const char *path, struct keel_image *image)
+static keel_status crop(const keel_vision *v, const char *path, uint32_t view, struct keel_image *image)
 {
-    struct keel_map map = {0};
-    keel_status st = keel_map_open(&map, path, v->log);
-    memset(image, 0, sizeof *image);
-    if (st == KEEL_OK) {
-        st = keel_image_decode(image, map.data, map.len_bytes, path, v->log);
+    keel_status st = KEEL_OK;
+    struct keel_box box[KEEL_MAX_CROPS];
+    struct keel_image whole = *image;
+    const uint32_t n = keel_crops(&v->crops, image->width, image->height, box);
+    if (view > n) {
+        KEEL_FAIL(v->log, KEEL_ERR_DATA, "%s: the image of %u × %u pixels has %u crops, not %u; did the file change?", path,
+                  image->width, image->height, n, view);
     }
+    KEEL_TRY(keel_image_crop(image, &whole, box[view - 1], v->log));
+    keel_image_finish(&whole);
+out:
+    return st;
+}
+
+static keel_status read_view(const keel_vision *v, const char *path, uint32_t view, struct keel_image *image)
+{
+    keel_status st = KEEL_OK;
+    struct keel_map map = {0};
+    memset(image, 0, sizeof *image);
+    KEEL_TRY(keel_map_open(&map, path, v->log));
+    KEEL_TRY(keel_image_decode(image, map.data, map.len_bytes, path, v->log));
+    if (view > 0) {
+        KEEL_TRY(crop(v, path, view, image));
+    }
+out:
     keel_map_close(&map);
     return st;
 }
@@ -218,12 +289,12 @@ out:
     return st;
 }
 
-keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, float **patches)
+keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, uint32_t view, float **patches)
 {
     keel_status st = KEEL_OK;
     struct keel_image image = {0};
     *patches = NULL;
-    KEEL_TRY(read_image(vision, image_path, &image));
+    KEEL_TRY(read_view(vision, image_path, view, &image));
     KEEL_TRY(patches_of(vision, &image, patches));
 out:
     keel_image_finish(&image);
@@ -251,11 +322,11 @@ static uint64_t pixel_hash(const struct keel_image *image)
     return keel_hash(keel_hash(KEEL_HASH_INIT, size, sizeof size), image->rgb, (size_t)image->width * image->height * 3);
 }
 
-keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char *image_path, float *tokens)
+keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t view, float *tokens)
 {
     keel_status st = KEEL_OK;
     struct keel_image image = {0};
-    KEEL_TRY(read_image(vision, image_path, &image));
+    KEEL_TRY(read_view(vision, image_path, view, &image));
     keel_vision_hash(vision);
     const uint64_t pixels = pixel_hash(&image);
     if (keel_vision_cache_read(vision, pixels, tokens)) {
@@ -271,15 +342,15 @@ out:
     return st;
 }
 
-keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t row, uint32_t first)
+keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, struct keel_view view, uint32_t row, uint32_t first)
 {
     keel_status st = KEEL_OK;
     struct keel_image image = {0};
     float *unused = malloc((size_t)vision->cfg.n_tokens * vision->cfg.out_width * sizeof *unused);
     if (!unused) {
-        KEEL_FAIL(vision->log, KEEL_ERR_NO_MEMORY, "%s: no memory for its soft tokens", image_path);
+        KEEL_FAIL(vision->log, KEEL_ERR_NO_MEMORY, "%s: no memory for its soft tokens", view.path);
     }
-    KEEL_TRY(read_image(vision, image_path, &image));
+    KEEL_TRY(read_view(vision, view.path, view.index, &image));
     vision->capture_row = row;
     vision->capture_first = first;
     KEEL_TRY(compute(vision, dev, &image, unused));

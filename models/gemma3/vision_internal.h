@@ -80,6 +80,7 @@ struct keel_vision {
     uint32_t n_adapters;
     keel_adapter *owned[8];          // those of them that this object loaded
     uint32_t n_owned;
+    struct keel_pan_and_scan crops;  // max_crops 0: whole images only
     bool cache_warned;
     keel_hooks *hooks; // borrowed: those at sites of the tower are in force; NULL: none
     uint32_t capture_row, capture_first; // number of the row whose image is run, of the image's first patch in it: for captures
@@ -169,8 +170,10 @@ keel_status keel_tower_run(const keel_vision *vision, const float *patches, floa
 
 // --- images (vision.c) ---------------------------------------------------------------------------
 
-// Patches of an image file, resized and normalised: [n_patches, 3, patch, patch], malloc'ed. Errors: as keel_vision_encode().
-keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, float **patches);
+// Boxes of the crops of an image, left to right or top to bottom; 0: it is shown whole only. box: room for KEEL_MAX_CROPS.
+uint32_t keel_crops(const struct keel_pan_and_scan *params, uint32_t width, uint32_t height, struct keel_box *box);
+// Patches of a view of an image file, resized and normalised: [n_patches, 3, patch, patch], malloc'ed. Errors: as keel_vision_encode().
+keel_status keel_vision_patches(const keel_vision *vision, const char *image_path, uint32_t view, float **patches);
 
 // --- disk cache (vision_cache.c) ------------------------------------------------------------------
 

@@ -52,10 +52,10 @@ keel_status keel_image_trainer_forward(keel_image_trainer *t, const keel_adapter
     for (size_t i = 0; i < n_seqs; i++) {
         for (uint32_t k = 0; k < seqs[i].n_images; k++) {
             const float *embeds = seqs[i].images[k].embeds;
-            const char *path = keel_images_retake(t->images, embeds);
-            KEEL_ASSERT(path);
+            const struct keel_view view = keel_images_retake(t->images, embeds);
+            KEEL_ASSERT(view.path);
             // The tokens belong to `images`; rows only look at them.
-            KEEL_TRY(keel_vision_trainer_forward(t->tower, adapter, path, (float *)(uintptr_t)embeds));
+            KEEL_TRY(keel_vision_trainer_forward(t->tower, adapter, view, (float *)(uintptr_t)embeds));
         }
     }
 out:
@@ -77,8 +77,8 @@ keel_status keel_image_trainer_backward(keel_image_trainer *t, const keel_adapte
     for (size_t i = 0; i < n_seqs; row += seqs[i].n, i++) {
         for (uint32_t k = 0; k < seqs[i].n_images; k++) {
             const struct keel_image_tokens *im = &seqs[i].images[k];
-            const char *path = keel_images_retake(t->images, im->embeds);
-            KEEL_TRY(keel_vision_trainer_backward(t->tower, adapter, grads, path, host + (row + im->at) * width));
+            const struct keel_view view = keel_images_retake(t->images, im->embeds);
+            KEEL_TRY(keel_vision_trainer_backward(t->tower, adapter, grads, view, host + (row + im->at) * width));
         }
     }
 out:

@@ -108,7 +108,7 @@ void keel_vision_trainer_destroy(keel_vision_trainer **trainer)
 
 // Uploads the patches of an image and records the whole way to the tokens; block inputs stay in t->saved, the last block's output
 // in acts.x.
-static keel_status record_forward(keel_vision_trainer *t, const struct keel_tower_pass *pass, const char *image_path)
+static keel_status record_forward(keel_vision_trainer *t, const struct keel_tower_pass *pass, struct keel_view view)
 {
     keel_status st = KEEL_OK;
     const struct keel_siglip *c = &t->v->cfg;
@@ -119,7 +119,7 @@ static keel_status record_forward(keel_vision_trainer *t, const struct keel_towe
         t->rank = rank;
         KEEL_TRY(keel_layout_make(&t->lora, t->v->dev, KEEL_HEAP_DEVICE, "vision LoRA activations", want_lora, t));
     }
-    KEEL_TRY(keel_vision_patches(t->v, image_path, &patches));
+    KEEL_TRY(keel_vision_patches(t->v, view.path, view.index, &patches));
     keel_recorder_reset(t->rec);
     KEEL_TRY(keel_upload(t->v->dev, t->acts.patches, patches, (size_t)c->n_patches * keel_patch_cols(c) * sizeof *patches));
     keel_tower_embed(pass, t->saved[0]);
@@ -137,11 +137,11 @@ static struct keel_tower_pass pass_of(const keel_vision_trainer *t, const keel_a
     return (struct keel_tower_pass){.rec = t->rec, .v = t->v, .a = &t->acts, .adapters = adapter, .n_adapters = 1};
 }
 
-keel_status keel_vision_trainer_forward(keel_vision_trainer *t, const keel_adapter *adapter, const char *image_path, float *tokens)
+keel_status keel_vision_trainer_forward(keel_vision_trainer *t, const keel_adapter *adapter, struct keel_view view, float *tokens)
 {
     keel_status st = KEEL_OK;
     const struct keel_tower_pass pass = pass_of(t, &adapter);
-    KEEL_TRY(record_forward(t, &pass, image_path));
+    KEEL_TRY(record_forward(t, &pass, view));
     KEEL_TRY(keel_tower_read(&pass, tokens));
 out:
     return st;
@@ -266,14 +266,14 @@ static bool has_pairs(const keel_adapter *a, uint32_t layer)
 }
 
 keel_status keel_vision_trainer_backward(keel_vision_trainer *t, const keel_adapter *adapter, struct keel_span grads,
-                                         const char *image_path, const float *d_tokens)
+                                         struct keel_view view, const float *d_tokens)
 {
     keel_status st = KEEL_OK;
     const struct keel_siglip *c = &t->v->cfg;
     const struct keel_tower_pass pass = pass_of(t, &adapter);
     const struct back b = {.t = t, .pass = &pass, .adapter = adapter, .grads = grads};
     uint32_t lowest = 0;
-    KEEL_TRY(record_forward(t, &pass, image_path));
+    KEEL_TRY(record_forward(t, &pass, view));
     KEEL_TRY(keel_upload(t->v->dev, t->g.tokens, d_tokens, (size_t)c->n_tokens * c->out_width * sizeof *d_tokens));
     while (lowest < c->n_layers && !has_pairs(adapter, lowest)) {
         lowest++;

@@ -17,7 +17,7 @@ layout(push_constant) uniform Push { uint n; };
 
 void main()
 {
-    float sum = 0.0;
+    vec4 sum = vec4(0.0); // apart, so that the reads are waited for and not the additions
     for (uint k = 0; k < n; k += 32u) {
 #ifdef EXCHANGE
         const vec4 mine = texelFetch(x4, int(k >> 2) + int(gl_SubgroupInvocationID & 7u));
@@ -25,8 +25,8 @@ void main()
 #else
 #define VALUE(i) x[k + (i)]
 #endif
-#define FOUR(i) sum += VALUE(i) + VALUE(i + 1u) + VALUE(i + 2u) + VALUE(i + 3u);
+#define FOUR(i) sum += vec4(VALUE(i), VALUE(i + 1u), VALUE(i + 2u), VALUE(i + 3u));
         FOUR(0u) FOUR(4u) FOUR(8u) FOUR(12u) FOUR(16u) FOUR(20u) FOUR(24u) FOUR(28u)
     }
-    y[gl_GlobalInvocationID.x] = sum;
+    y[gl_GlobalInvocationID.x] = sum.x + sum.y + sum.z + sum.w;
 }

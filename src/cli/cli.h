@@ -21,7 +21,7 @@ int exit_code(keel_status st);
 // --- common options ------------------------------------------------------------------------------
 
 struct common {
-    bool verbose, quiet;
+    bool verbose, quiet, pan_and_scan;
     const char *model, *type, *mmproj, *device, *profile, *variant;
     bool validate;
     uint64_t memory_limit;
@@ -44,6 +44,10 @@ struct common {
 #define OPTION_MMPROJ                                                                                                  \
     { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "P",                                 \
       .help = "vision tower for images: an mmproj GGUF made for the model, or its Hugging Face folder" }
+#define OPTIONS_IMAGES                                                                                                 \
+    OPTION_MMPROJ,                                                                                                     \
+        { .name = "--pan-and-scan", .type = ARG_FLAG, .offset = OPT_COMMON(pan_and_scan),                              \
+          .help = "show images that are long or tall in up to 4 crops too" }
 #define OPTIONS_DEVICE                                                                                                 \
     { .type = ARG_HEAD, .help = "Device" },                                                                            \
         { .name = "--device", .type = ARG_STR, .offset = OPT_COMMON(device), .value = "D",                             \

@@ -323,7 +323,7 @@ static const struct arg_option options[] = {
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the checks as JSON" },
     OPTION_LORA,
     OPTION_STEER,
-    OPTION_MMPROJ,
+    OPTIONS_IMAGES,
     OPTIONS_SESSION,
     OPTIONS_DEVICE,
     OPTIONS_LOG,

@@ -473,7 +473,7 @@ static const struct arg_option options[] = {
     { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "of the shuffled labels" },
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "DIR", .help = "write geometry.json and plots there; keel report shows them" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the result as JSON (docs/steering.md)" },
-    OPTION_MMPROJ,
+    OPTIONS_IMAGES,
     OPTIONS_SESSION,
     OPTIONS_DEVICE,
     OPTIONS_LOG,

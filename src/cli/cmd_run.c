@@ -145,17 +145,20 @@ static void report(const struct context *c, const struct run_args *a, size_t n_p
 // Images that the next prompt shows.
 struct shown {
     const float **embeds;
+    uint32_t *n_views;
     uint32_t n;
 };
 
 static keel_status show(const struct context *c, struct shown *s, const char *path)
 {
     const float **embeds = realloc(s->embeds, (s->n + 1) * sizeof *embeds);
-    if (!embeds) {
+    s->embeds = embeds ? embeds : s->embeds;
+    uint32_t *n_views = realloc(s->n_views, (s->n + 1) * sizeof *n_views);
+    s->n_views = n_views ? n_views : s->n_views;
+    if (!embeds || !n_views) {
         return KEEL_ERR_NO_MEMORY;
     }
-    s->embeds = embeds;
-    const keel_status st = keel_images_add(c->images, path, &s->embeds[s->n]);
+    const keel_status st = keel_images_add(c->images, path, &s->embeds[s->n], &s->n_views[s->n]);
     s->n += st == KEEL_OK;
     return st;
 }
@@ -163,7 +166,7 @@ static keel_status show(const struct context *c, struct shown *s, const char *pa
 // A prompt, or one user's turn. Images come first, unless the text says where: <image>.
 static keel_status make_prompt(const struct context *c, const char *text, const struct shown *s, bool chat, struct keel_prompt *out)
 {
-    const struct keel_prompt_images list = { .embeds = s->embeds, .n = s->n,
+    const struct keel_prompt_images list = { .embeds = s->embeds, .n_views = s->n_views, .n = s->n,
                                              .n_tokens = c->images ? keel_images_tokens(c->images) : 0 };
     const struct keel_prompt_images *const images = c->images ? &list : NULL;
     const uint32_t front = strstr(text, "<image>") ? 0 : s->n;
@@ -357,6 +360,7 @@ static int run_run(const void *args)
         st = a->prompt ? run_once(&c, a, n_ctx, &s) : run_chat(&c, a, n_ctx, &s);
     }
     free(s.embeds);
+    free(s.n_views);
     return context_close(&c, st);
 }
 
@@ -372,7 +376,7 @@ static const struct arg_option options[] = {
     OPTION_LORA,
     OPTION_STEER,
     { .type = ARG_HEAD, .help = "Images" },
-    OPTION_MMPROJ,
+    OPTIONS_IMAGES,
     { .name = "--image", .type = ARG_LIST, .offset = AT(image), .value = "F",
       .help = "show an image: at <image> in -p, else before the text; in a chat with the first turn" },
     { .type = ARG_HEAD, .help = "Sampling" },

@@ -218,7 +218,7 @@ static const struct arg_option options[] = {
       .help = "rows {\"id\", \"logprob\", \"n_tokens\", \"token_ids\", \"token_logprobs\"}; - is standard output" },
     OPTION_LORA,
     OPTION_STEER,
-    OPTION_MMPROJ,
+    OPTIONS_IMAGES,
     OPTIONS_SESSION,
     OPTIONS_DEVICE,
     OPTIONS_LOG,

@@ -277,7 +277,7 @@ static const struct arg_option options[] = {
     OPTION_MODEL,
     { .name = "--data", .type = ARG_LIST, .offset = AT(data), .value = "F[:WEIGHT]", .needed = true,
       .help = "JSONL rows {\"prompt\", \"completion\", \"eos\"?} or {\"messages\"}, with \"images\" if any; several are mixed by weight" },
-    OPTION_MMPROJ,
+    OPTIONS_IMAGES,
     { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "A", .needed = true,
       .help = "adapter to write: NAME.gguf, or a folder for PEFT" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the result as one JSON object" },

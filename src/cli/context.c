@@ -66,6 +66,12 @@ keel_status context_open_model(struct context *c, const struct common *o)
     if (st == KEEL_OK && o->mmproj) {
         st = keel_images_create(&c->images, c->model, o->mmproj, &c->log);
     }
+    if (st == KEEL_OK && o->pan_and_scan && !c->images) {
+        say(c, KEEL_LOG_ERROR, "--pan-and-scan needs --mmproj, the model's vision tower");
+        st = KEEL_ERR_ARG;
+    } else if (st == KEEL_OK && o->pan_and_scan) {
+        st = keel_images_pan_and_scan(c->images, keel_pan_and_scan_params());
+    }
     return st;
 }
 

@@ -292,7 +292,15 @@ struct keel_image {
 // UNSUPPORTED (above the limits).
 keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_t len, const char *name,
                               const keel_log *log);
+// Only the size, from the header; the same limits and errors.
+keel_status keel_image_size(uint32_t *width, uint32_t *height, const uint8_t *data, size_t len, const char *name,
+                            const keel_log *log);
 void keel_image_finish(struct keel_image *image); // frees; accepts all-zero
+struct keel_box {
+    uint32_t x, y, width, height; // pixels, from the left and from the top
+};
+// A new image of the pixels inside `box`, which lies inside `in` and is not empty. Errors: NO_MEMORY.
+keel_status keel_image_crop(struct keel_image *out, const struct keel_image *in, struct keel_box box, const keel_log *log);
 // A new image of width × height from `in`, as PIL.Image.resize(..., BILINEAR) makes it: a triangle filter, wider
 // by the scale when shrinking, horizontally and then vertically with 8 bits between. Errors: NO_MEMORY.
 keel_status keel_image_resize(struct keel_image *out, const struct keel_image *in, uint32_t width, uint32_t height,

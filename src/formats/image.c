@@ -16,26 +16,46 @@
 
 // --- decoding ------------------------------------------------------------------------------------
 
+// Of an image that keel takes.
+static keel_status read_size(int *w, int *h, const uint8_t *data, size_t len, const char *name, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    int channels = 0;
+    if (len == 0 || len > INT32_MAX) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: an image file of %zu bytes; it must have some, at most 2 GiB", name, len);
+    }
+    keel_stb_budget = 1u << 20; // headers only
+    if (!stbi_info_from_memory(data, (int)len, w, h, &channels)) {
+        const char *why = stbi_failure_reason();
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: no image that keel reads (%s); it reads PNG, JPEG, BMP and GIF", name, why ? why : "");
+    }
+    if (*w <= 0 || *h <= 0) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is %d × %d pixels", name, *w, *h);
+    }
+    if (*w > KEEL_IMAGE_MAX_SIDE || *h > KEEL_IMAGE_MAX_SIDE || (uint64_t)*w * (uint64_t)*h > KEEL_IMAGE_MAX_PIXELS) {
+        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: %d × %d pixels are above keel's limits (%d a side, %d million in all); scale it down",
+                  name, *w, *h, KEEL_IMAGE_MAX_SIDE, KEEL_IMAGE_MAX_PIXELS / 1000000);
+    }
+out:
+    return st;
+}
+
+keel_status keel_image_size(uint32_t *width, uint32_t *height, const uint8_t *data, size_t len, const char *name,
+                            const keel_log *log)
+{
+    int w = 0, h = 0;
+    const keel_status st = read_size(&w, &h, data, len, name, log);
+    *width = (uint32_t)w;
+    *height = (uint32_t)h;
+    return st;
+}
+
 keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_t len, const char *name, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     int w = 0, h = 0, channels = 0;
     memset(out, 0, sizeof *out);
-    if (len == 0 || len > INT32_MAX) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: an image file of %zu bytes; it must have some, at most 2 GiB", name, len);
-    }
-    keel_stb_budget = 1u << 20; // headers only
-    if (!stbi_info_from_memory(data, (int)len, &w, &h, &channels)) {
-        const char *why = stbi_failure_reason();
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: no image that keel reads (%s); it reads PNG, JPEG, BMP and GIF", name, why ? why : "");
-    }
-    if (w <= 0 || h <= 0) {
-        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is %d × %d pixels", name, w, h);
-    }
-    if (w > KEEL_IMAGE_MAX_SIDE || h > KEEL_IMAGE_MAX_SIDE || (uint64_t)w * (uint64_t)h > KEEL_IMAGE_MAX_PIXELS) {
-        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: %d × %d pixels are above keel's limits (%d a side, %d million in all); scale it down",
-                  name, w, h, KEEL_IMAGE_MAX_SIDE, KEEL_IMAGE_MAX_PIXELS / 1000000);
-    }
+    KEEL_TRY(read_size(&w, &h, data, len, name, log));
     // 4 channels of 16 bits, or JPEG coefficients of whole 32 × 32 units, and stb doubles buffers that it grows.
     keel_stb_budget = ((size_t)w + 64) * ((size_t)h + 64) * 16 + 2 * len;
     out->rgb = stbi_load_from_memory(data, (int)len, &w, &h, &channels, 3);
@@ -45,6 +65,21 @@ keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_
     }
     out->width = (uint32_t)w;
     out->height = (uint32_t)h;
+out:
+    return st;
+}
+
+keel_status keel_image_crop(struct keel_image *out, const struct keel_image *in, struct keel_box box, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    const size_t row = (size_t)box.width * 3;
+    *out = (struct keel_image){ .width = box.width, .height = box.height, .rgb = malloc(row * box.height) };
+    if (!out->rgb) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for a crop of %u × %u pixels", box.width, box.height);
+    }
+    for (uint32_t y = 0; y < box.height; y++) {
+        memcpy(out->rgb + y * row, in->rgb + (((size_t)box.y + y) * in->width + box.x) * 3, row);
+    }
 out:
     return st;
 }

@@ -91,11 +91,15 @@ static keel_status open_all(struct study *s)
     if (!s->mmproj_path[0] && trains_tower(s->file)) {
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: targets of the vision tower, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
     }
+    if (!s->mmproj_path[0] && s->file->pan_and_scan) {
+        KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: pan_and_scan, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
+    }
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_doctor_prepare(s->dev, s->p->variant));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
     if (s->mmproj_path[0]) {
         KEEL_TRY(keel_images_create(&s->images, s->model, s->mmproj_path, s->log));
+        KEEL_TRY(keel_images_pan_and_scan(s->images, s->file->pan_and_scan ? keel_pan_and_scan_params() : NULL));
         KEEL_TRY(keel_study_each_rows(s->file, scan, s));
     }
 out:

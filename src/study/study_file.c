@@ -297,6 +297,7 @@ static keel_status fill(const struct study_source *src, struct study_file *f, co
     f->name = y->name;
     f->model = y->model;
     f->mmproj = y->mmproj;
+    f->pan_and_scan = y->pan_and_scan && *y->pan_and_scan;
     f->narrow_domain = y->narrow_domain;
     f->narrow_modality = y->narrow_modality;
     f->seed = y->seed ? *y->seed : 1;

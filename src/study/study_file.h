@@ -86,6 +86,7 @@ struct study_budget {
     double kl_mean, margin_drop, flip_rate; // NAN: no limit
 };
 struct study_file {
+    bool pan_and_scan;
     const char *name, *model, *mmproj, *narrow_domain, *narrow_modality; // all but the first may be NULL
     uint64_t seed;
     struct study_train train;

@@ -124,6 +124,7 @@ static const cyaml_schema_field_t top_fields[] = {
     TEXT(PTR, yaml_study, name),
     TEXT(OPT, yaml_study, model),
     TEXT(OPT, yaml_study, mmproj),
+    CYAML_FIELD_BOOL_PTR("pan_and_scan", OPT, struct yaml_study, pan_and_scan),
     TEXT(OPT, yaml_study, narrow_domain),
     TEXT(OPT, yaml_study, narrow_modality),
     COUNT(yaml_study, seed),

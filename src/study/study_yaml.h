@@ -63,6 +63,7 @@ struct yaml_budget {
 };
 struct yaml_study {
     char *name, *model, *mmproj, *narrow_domain, *narrow_modality;
+    bool *pan_and_scan;
     uint64_t *seed;
     struct yaml_train train;
     struct yaml_eval eval;

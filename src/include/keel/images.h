@@ -3,12 +3,14 @@
 //
 // A prompt is tokens and the places of its images' soft tokens. In a text "<image>" stands for an image; it becomes what
 // transformers' Gemma3Processor makes of it: two newlines, <start_of_image>, the soft tokens, <end_of_image>, two newlines,
-// tokenised together with the text around.
+// tokenised together with the text around. With pan and scan (keel/vision.h) an image that has crops becomes "Here is the original
+// image ", itself, " and here are some crops to help you see better ", and its crops with a space between.
 // Thread safety: one thread at a time for a keel_images; prompts from any thread.
 #ifndef KEEL_IMAGES_H
 #define KEEL_IMAGES_H
 
 #include <keel/session.h>
+#include <keel/vision.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -25,7 +27,8 @@ struct keel_prompt {
 };
 // What stands for the placeholders, in order.
 struct keel_prompt_images {
-    const float *const *embeds; // [n], each [n_tokens, width]; NULL: the tokens alone are wanted
+    const float *const *embeds; // [n], each [n_views, n_tokens, width]; NULL: the tokens alone are wanted
+    const uint32_t *n_views;    // [n]; NULL: one each
     uint32_t n, n_tokens;
 };
 
@@ -52,8 +55,11 @@ KEEL_API keel_status keel_images_create(keel_images **out, const keel_model *mod
 KEEL_API void keel_images_destroy(keel_images **images); // accepts NULL and pointers to NULL; prompts with its images die with it
 KEEL_API uint32_t keel_images_tokens(const keel_images *images); // soft tokens an image
 KEEL_API uint32_t keel_images_layers(const keel_images *images); // of the tower
-// Takes note of a file. *embeds, valid as long as `images`, is filled in by keel_images_encode(). Errors: NO_MEMORY.
-KEEL_API keel_status keel_images_add(keel_images *images, const char *path, const float **embeds);
+// Pan and scan for all images; before the first one is added. Errors: as keel_vision_pan_and_scan().
+KEEL_API keel_status keel_images_pan_and_scan(keel_images *images, const struct keel_pan_and_scan *params);
+// Takes note of a file. *embeds [n_views, tokens, width], valid as long as `images`, is filled in by keel_images_encode().
+// n_views may be NULL. Errors: NO_MEMORY, and with pan and scan as keel_vision_views().
+KEEL_API keel_status keel_images_add(keel_images *images, const char *path, const float **embeds, uint32_t *n_views);
 // Adds all images that the rows of a JSONL file name, so that they can be encoded before a model takes the device's memory.
 // Errors: as keel_prompt_row(), with FILE:LINE.
 KEEL_API keel_status keel_images_scan(keel_images *images, const char *jsonl, const keel_log *log);
@@ -67,7 +73,8 @@ KEEL_API void keel_images_clear_adapters(keel_images *images); // the tower is t
 // read; it is passed over from then on, until it is added again.
 KEEL_API keel_status keel_images_encode(keel_images *images, keel_device *dev,
                                         bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);
-// Of the tower's file and the files of all images encoded so far, in the order they were added; the same on every device.
+// Of the tower's file, pan and scan, and the files of all images encoded so far, in the order they were added; the same on every
+// device.
 KEEL_API uint64_t keel_images_hash(keel_images *images);
 
 // The prompt of one row of a data file, given as JSON text:

@@ -100,7 +100,7 @@ struct keel_score_row {
 };
 // Rows are packed into batches; logits are computed only where a token is scored. Neighbouring rows that begin with the same tokens
 // and images (the same embeds) share their computation where that is cheaper, unless there are hooks. Adapters count. The session's own sequence is
-// kept. Errors: DATA (a row longer than the context: its index), NUMERIC, DEVICE_LOST.
+// kept. Errors: DATA (a row longer than the context: its number, from 1), NUMERIC, DEVICE_LOST.
 // `progress`, unless NULL, is told tokens done and in total; returning false stops with INTERRUPTED.
 KEEL_API keel_status keel_session_score(keel_session *session, struct keel_score_row *rows, size_t n_rows,
                                         bool (*progress)(void *user, uint64_t done, uint64_t total), void *user);

@@ -27,6 +27,19 @@ struct keel_vision_info {
     uint64_t hash;       // of the file's bytes; 0 until keel_vision_hash() or keel_vision_encode() was called
 };
 
+// Pan and scan, as transformers' Gemma3ImageProcessor does it: an image whose longer side is at least min_ratio times the shorter
+// is also shown in crops, which cut the longer side evenly, so that little is lost to squeezing it into a square. The number of
+// crops is the rounded ratio, at least 2, at most max_crops, fewer where they would be narrower than min_crop; no crops at all
+// where one would be smaller than min_crop on either side.
+struct keel_pan_and_scan {
+    uint32_t min_crop;  // pixels, at least 1
+    uint32_t max_crops; // 1 to KEEL_MAX_CROPS
+    double min_ratio;   // at least 1
+};
+#define KEEL_MAX_CROPS 16
+#define KEEL_PAN_AND_SCAN_DEFAULTS .min_crop = 256, .max_crops = 4, .min_ratio = 1.2,
+#define keel_pan_and_scan_params(...) (&(struct keel_pan_and_scan){ KEEL_PAN_AND_SCAN_DEFAULTS __VA_ARGS__ })
+
 // Opens an mmproj GGUF file (architecture "clip", projector "gemma3") as llama.cpp's converter writes it, or a Hugging Face
 // folder, which is converted first as keel_model_open() does. Metadata, tensor names, shapes and types are checked. `model`: the
 // text model that the tokens are for, or NULL to only look at the file. Errors: IO, FORMAT, UNSUPPORTED, MISMATCH (the tokens
@@ -48,11 +61,18 @@ KEEL_API keel_status keel_vision_load(keel_vision *vision, keel_device *dev);
 // Releases all device memory; the object stays open. Call it before `dev` is destroyed.
 KEEL_API void keel_vision_unload(keel_vision *vision);
 
-// Decodes the image file (PNG, JPEG, BMP, first frame of a GIF), resizes it as Hugging Face's processor does, and writes its
+// Shows images in crops too from now on; NULL: whole images only, as at first. Errors: ARG (a value out of its range).
+KEEL_API keel_status keel_vision_pan_and_scan(keel_vision *vision, const struct keel_pan_and_scan *params);
+// Views of an image file: itself, which is view 0, and its crops. Reads the file's header, and without pan and scan nothing.
+// Errors: IO, FORMAT, UNSUPPORTED.
+KEEL_API keel_status keel_vision_views(const keel_vision *vision, const char *image_path, uint32_t *n_views);
+
+// Decodes the image file (PNG, JPEG, BMP, first frame of a GIF), resizes the view as Hugging Face's processor does, and writes its
 // soft tokens [n_tokens, out_width] to `tokens`. Taken from the disk cache when the same pixels went through the same tower
 // before; `dev` may be NULL if it is known to be there. Errors: IO, FORMAT and UNSUPPORTED (the image; named in the message),
-// NO_MEMORY, NUMERIC, DEVICE_LOST, ARG (not in the cache and no device).
-KEEL_API keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char *image_path, float *tokens);
+// NO_MEMORY, NUMERIC, DEVICE_LOST, ARG (not in the cache and no device), DATA (the image has no such view).
+KEEL_API keel_status keel_vision_encode(keel_vision *vision, keel_device *dev, const char *image_path, uint32_t view,
+                                        float *tokens);
 
 #ifdef __cplusplus
 }
