@@ -19,11 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Specialisation constants as src/ops sets them on a GPU; constant 0 is the local size, 64 elsewhere. One entry a use.
 USES = {
-    "linear_fwd": {"1 token": [512, 1, 1, 8, 0], "8 tokens": [64, 2, 8, 1, 0]},
+    "linear_fwd": {"1 token": [512, 1, 1, 8, 0], "8 tokens": [64, 2, 8, 1, 0], "1 token, three with LoRA": [512, 1, 1, 8, 0, 3, 0, 1],
+                   "1 token, gate and up": [512, 2, 1, 8, 0, 2, 1, 0], "8 tokens, gate and up": [64, 2, 8, 1, 0, 2, 1, 0]},
     "linear_bwd": {"1 token": [64, 1], "4 tokens": [64, 4]},
     "lora_reduce": {"1 token": [64, 64], "64 tokens": [64, 1]},
     "lora_expand": {"1 token": [64, 1], "8 tokens": [64, 8]},
-    "heads_fwd": {"queries and keys": [64, 1], "values": [64, 0]},
     "sumsq": {"": [64, 1]},
     "move_rows": {"gather": [64, 0], "scatter": [64, 1]},
     "attn_mix": {"head of 256": [64, 4]},
