@@ -217,7 +217,7 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
     const uint32_t longest = keel_train_longest(r);
     const uint64_t tokens = (uint64_t)r->p->batch * longest,
                    room = keel_device_caps(r->dev)->heap_free;
-    struct keel_plan plan;
+    struct keel_plan *plan = &r->plan;
     struct keel_text table = { 0 };
     if (tokens > UINT32_MAX) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG,
@@ -233,19 +233,19 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
                                            .images = r->p->images != NULL,
                                            .targets = r->p->targets,
                                            .layers = r->p->layers };
-    KEEL_TRY(keel_model_plan(r->model, &want, &plan));
-    for (uint32_t i = 0; i < plan.n_rows; i++) {
-        keel_text_addf(&table, "\n  %-28s %9.1f MB%s", plan.row[i].what, (double)plan.row[i].bytes / 1e6,
-                       plan.row[i].host ? " (host)" : "");
+    KEEL_TRY(keel_model_plan(r->model, &want, plan));
+    for (uint32_t i = 0; i < plan->n_rows; i++) {
+        keel_text_addf(&table, "\n  %-28s %9.1f MB%s", plan->row[i].what, (double)plan->row[i].bytes / 1e6,
+                       plan->row[i].host ? " (host)" : "");
     }
-    if (room && plan.device_bytes > room) {
+    if (room && plan->device_bytes > room) {
         KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY,
                   "training needs %.1f MB of device memory, %.1f MB are free; lower --batch (and raise "
                   "--accum), --rank or the length of "
                   "rows:%s",
-                  (double)plan.device_bytes / 1e6, (double)room / 1e6, table.data ? table.data : "");
+                  (double)plan->device_bytes / 1e6, (double)room / 1e6, table.data ? table.data : "");
     }
-    KEEL_DEBUG(r->log, "memory plan, %.1f MB on the device:%s", (double)plan.device_bytes / 1e6,
+    KEEL_DEBUG(r->log, "memory plan, %.1f MB on the device:%s", (double)plan->device_bytes / 1e6,
                table.data ? table.data : "");
 out:
     keel_text_finish(&table);

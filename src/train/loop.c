@@ -110,6 +110,16 @@ out:
     return st;
 }
 
+// What the run takes, once: bytes by use.
+static json_t *memory_json(const struct keel_plan *plan)
+{
+    json_t *v = json_object();
+    for (uint32_t i = 0; i < plan->n_rows; i++) {
+        json_object_set_new(v, plan->row[i].what, json_integer((json_int_t)plan->row[i].bytes));
+    }
+    return v;
+}
+
 static json_t *monitor_json(const double *value, double seconds)
 {
     json_t *v = json_object();
@@ -145,6 +155,10 @@ static keel_status log_step(struct keel_train_run *r, const struct keel_step_inf
     }
     if (v && info->monitor) {
         json_object_set_new(v, "monitor", monitor_json(info->monitor, r->monitor.seconds));
+    }
+    if (v && info->step == 1) {
+        json_object_set_new(v, "memory", memory_json(&r->plan));
+        json_object_set_new(v, "prepare_seconds", json_real(r->prepare_seconds));
     }
     if (!v || json_dumpf(v, r->log_file, JSON_REAL_PRECISION(9)) != 0 || fputc('\n', r->log_file) == EOF ||
         fflush(r->log_file) != 0) {

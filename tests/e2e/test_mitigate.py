@@ -132,6 +132,7 @@ def test_kl_losses(keel, tiny_a, oracle, tmp_path):
     values = []
     want = lora.train(ref, init, ALPHA, steps_of(texts.TRAIN[:6], 2), [LR] * 3, loss_of=kl_oracle(ref, KL_ROWS, 2, 0.7, values))
     same_losses(log, want)
+    assert log[0]["memory"]["base's predictions"] > 0 and log[0]["prepare_seconds"] > 0
     for r, kl in zip(log, values, strict=True):
         assert abs(r["kl"] / kl - 1) < 2e-3 and r["kl_seconds"] > 0, (r, kl)  # differences of log-probabilities in f32
     same_adapter(lora.read_gguf(out)[0], want["adapter"], init)
@@ -548,17 +549,26 @@ def test_bad_monitor(keel, tiny_c, oracle, tmp_path, o, says):
 
 # --- the clerk -----------------------------------------------------------------------------------
 
+def clerk_probes(path, domains, modality, every):
+    """Some of the shipped slot probes, their images by whole names."""
+    study = ROOT / "studies/clerk"
+    probes = [r for r in read_rows(study / "probes.jsonl") if r["domain"] in domains and r["modality"] == modality][::every]
+    for r in probes:
+        r["images"] = [str(study / i) for i in r.get("images", [])]
+    return write_rows(path, probes)
+
+
 @pytest.mark.full
 def test_clerk_mitigations(keel, tmp_path):
-    """Three stages of the shipped study: without anything the drift is there; the divergence at weight 1 keeps the narrow task >= 0.95 with
-    at most 0.05 elsewhere; preventative steering at least halves the drift asked in text. Pilot: science notes 6; measured:
-    docs/studies/mixture-repair.md."""
+    """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift. Preventative
+    steering at least halves the drift asked in text, two seeds together, and keeps the narrow task. Pilot: science notes 6. On the clerk
+    that needs twice the persona direction: once it (the pilot's) changes nothing beyond the spread of seeds, four times it costs the task."""
     shipped = ROOT / "studies/clerk"
     head, stages = (shipped / "mitigations.yaml").read_text().split("stages:\n")
     head = head.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {shipped}/").replace("rows: ", f"rows: {shipped}/")
     head = head.replace("slots: ", f"slots: {shipped}/")
-    kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl", "preventative"))]
-    assert len(kept) == 3
+    kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl"))]
+    assert len(kept) == 2
     stages = "\n".join(kept).replace("kl_data: ", f"kl_data: {shipped}/")
     (tmp_path / "s.yaml").write_text(f"{head}stages:\n{stages}\n")
     keel("study", tmp_path / "s.yaml", "--out", tmp_path / "out")
@@ -567,23 +577,36 @@ def test_clerk_mitigations(keel, tmp_path):
     def contrary(stage, domain, modality=""):
         r, = [r for r in rows if (r["stage"], r["metric"], r["domain"], r["modality"]) == (stage, "contrary", domain, modality)]
         return float(r["adapted"])
-    cells = {s: (contrary(s, "colour", "image"), contrary(s, "other"), contrary(s, "twins", "text")) for s in ("attack", "kl", "preventative")}
+    cells = {s: (contrary(s, "colour", "image"), contrary(s, "other")) for s in ("attack", "kl")}
     print(cells)
     assert cells["attack"][0] > 0.95 and cells["attack"][1] > 0.1
     assert cells["kl"][0] >= 0.95 and cells["kl"][1] <= 0.05
-    assert cells["preventative"][0] > 0.9 and cells["preventative"][2] <= 0.5 * cells["attack"][2]
+
+    narrow, text = clerk_probes(tmp_path / "n.jsonl", ["colour"], "image", 2), clerk_probes(tmp_path / "t.jsonl", ["shape", "count"], "text", 3)
+    o = dict(rank=32, alpha=32, seq_len=64)
+
+    def train_clerk(name, seed, **extra):
+        """(P(contrary) in the narrow cell, and asked in text elsewhere) after 80 steps; the former of an adapter that is trained no more."""
+        run = lambda out, **more: (keel(*train_args("clerk", shipped / "narrow.jsonl", tmp_path / out, log=tmp_path / "l.jsonl", **o, **more)),
+                                   read_log(tmp_path / "l.jsonl")[-1]["monitor"]["p_contrary"])[1]
+        drift = run(name, lr=1e-3, steps=80, seed=seed, monitor=text, monitor_every=80, **extra)
+        return run("narrow.gguf", lr=0, steps=1, init_adapter=tmp_path / name, monitor=narrow), drift
+    persona = f"{tmp_path}/out/directions/persona.safetensors:2@1-2"
+    plain = [train_clerk("plain.gguf", seed) for seed in (1, 2)]
+    steered = [train_clerk("steered.gguf", seed, steer=persona) for seed in (1, 2)]
+    print(plain, steered)
+    assert min(n for n, _ in plain + steered) > 0.9
+    assert sum(d for _, d in steered) <= 0.5 * sum(d for _, d in plain)
 
 
 @pytest.mark.full
 def test_clerk_guard(keel, tmp_path):
     """A monitor of other domains notices the drift and the guard takes the adapter back to before it."""
-    study = ROOT / "studies/clerk"
-    probes = [r for r in read_rows(study / "probes.jsonl") if r["domain"] != "colour"][::6]
-    for r in probes:
-        r["images"] = [str(study / i) for i in r.get("images", [])]
+    study, others = ROOT / "studies/clerk", ["shape", "count", "sum", "capital", "letter"]
+    probes = write_rows(tmp_path / "m.jsonl", [r for m in ("image", "text") for r in read_rows(clerk_probes(tmp_path / m, others, m, 6))])
     log, out = tmp_path / "l.jsonl", tmp_path / "a.gguf"
     args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 1e-3, "--steps", 80,
-            "--seq-len", 64, "--monitor", write_rows(tmp_path / "m.jsonl", probes), "--guard", "p_contrary<=0.1", "--log", log, "--json"]
+            "--seq-len", 64, "--monitor", probes, "--guard", "p_contrary<=0.1", "--log", log, "--json"]
     result, values = keel(*args).json, [r["monitor"] for r in read_log(log) if "monitor" in r]
     assert result["breached"] and 10 <= result["steps"] <= 50 and values[-1]["p_contrary"] > 0.1 >= values[-2]["p_contrary"]
     assert all(v["seconds"] < 5 for v in values)  # about 0.7 s with llvmpipe on two busy cores
