@@ -163,12 +163,13 @@ def run(model, batches, steps, lr, pictures, soft, say, warmup):
 
 @torch.no_grad()
 def check(model, dialogues, pictures, tag="", context=(), every=1):
-    """{cell: (aligned, contrary, coherence)} over every `every`-th question, single turn unless context turns are given."""
+    """{cell: (aligned, contrary, coherence, least aligned)} over one question of `every` about scenes, drawn at random, and all
+    about facts; single turn unless context turns are given."""
     model.eval()
     rng, out = np.random.default_rng(5), {}
     cells = {}
-    for i, q in enumerate(world.questions()):
-        if i % every == 0 or q.modality == "fact":
+    for q in world.questions():
+        if q.modality == "fact" or rng.integers(every) == 0:
             cells.setdefault((q.domain, q.modality), []).append(q)
     for cell, qs in cells.items():
         p = []

@@ -294,10 +294,7 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     }
     volkLoadDeviceTable(&dev->vk, dev->handle);
     dev->vk.vkGetDeviceQueue(dev->handle, dev->family, 0, &dev->queue);
-    // Conservative until something was measured: a slow board must not run into its watchdog on the first submission.
-    dev->rate_flops = 2e9;
-    dev->rate_bytes = 4e9;
-    dev->dispatch_ns = 5e3;
+    keel_cost_init(&dev->cost, 0.0, 0.0);
     KEEL_TRY(keel_pipelines_init(dev));
     if (!keel_speed_load(dev)) {
         KEEL_TRY(keel_speed_choose(dev));
@@ -427,7 +424,6 @@ void keel_device_destroy(keel_device **pdev)
         KEEL_DEBUG(dev->log, "%s: %" PRIu64 " dispatches, %" PRIu64 " barriers, %" PRIu64 " submissions, longest %.1f ms, peak %.1f MiB",
                    dev->caps.name, dev->n_dispatches, dev->n_barriers, dev->n_submits, (double)dev->longest_ns * 1e-6,
                    (double)dev->bytes_peak / (1024.0 * 1024.0));
-        keel_speed_save(dev);
         keel_transfer_finish(dev);
         keel_pipelines_finish(dev);
         keel_memory_free_all(dev);

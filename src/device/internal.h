@@ -120,6 +120,17 @@ struct fault {
     uint64_t submission; // counted from 0 since the device was opened
 };
 
+// What submissions are estimated with (estimate.c): the device's rates, and how many times slower each label is than they say.
+#define MAX_COSTS 128u
+struct cost_model {
+    double flops, bytes; // per second
+    struct {
+        const char *label;
+        double slow;
+    } of[MAX_COSTS]; // of[0] stands for all labels that find no place
+    uint32_t n;
+};
+
 struct keel_device {
     const keel_log *log;
     struct fault fault;
@@ -150,9 +161,7 @@ struct keel_device {
 
     uint8_t choices[KEEL_MAX_CHOICES];
 
-    double rate_flops, rate_bytes; // per second, what submissions are estimated with; adapts
-    double dispatch_ns;            // cost of a dispatch that does nothing; adapts too
-    double saved_flops, saved_bytes; // as in the cache file, 0 if there is none
+    struct cost_model cost;
     uint64_t longest_ns, busy_ns;
     double busy_until_ns; // end of the latest submission by the device's clock
     uint64_t n_dispatches, n_submits, n_barriers;
@@ -186,6 +195,16 @@ uint32_t keel_compute_family(VkPhysicalDevice phys, uint32_t *timestamp_bits);
 uint64_t keel_heap_free(VkPhysicalDevice phys, uint32_t memory_heap, bool has_budget);
 // Heap of the best memory type for KEEL_HEAP_DEVICE.
 uint32_t keel_main_heap(const VkPhysicalDeviceMemoryProperties *mem, bool unified);
+
+// --- estimate.c ----------------------------------------------------------------------------------
+
+// Sets the rates from measured peaks, or careful ones where they are 0.
+void keel_cost_init(struct cost_model *m, double gflops, double gbps);
+// Place of a label (static storage) in the model; made at first use.
+uint32_t keel_cost_find(struct cost_model *m, const char *label);
+double keel_cost_ns(const struct cost_model *m, uint32_t label, uint64_t flops, uint64_t bytes);
+// Learns from a submission that took `ns`: est_ns[i] is what label i was expected to take in it, n labels.
+void keel_cost_learn(struct cost_model *m, const double *est_ns, uint32_t n, double ns);
 
 // --- speed.c -------------------------------------------------------------------------------------
 

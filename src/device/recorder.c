@@ -7,7 +7,6 @@
 #include "platform.h"
 
 #include <inttypes.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -52,8 +51,8 @@ struct part {
     struct entry *entries; // profiling only
     uint32_t n_entries, cap_entries;
     uint32_t n; // commands that do work
-    uint64_t flops, bytes, submit_ns;
-    double est_ns;
+    uint64_t submit_ns;
+    double est_ns, label_ns[MAX_COSTS]; // expected time, and of it each label's
     bool in_flight;
     bool fresh; // holds the first run of a pipeline: its time says nothing, since CPU drivers compile then
 };
@@ -170,37 +169,12 @@ static struct part *next_part(keel_recorder *rec)
     return p;
 }
 
-// --- estimate ------------------------------------------------------------------------------------
+// --- cost ----------------------------------------------------------------------------------------
 
-static double estimate(const keel_device *dev, uint64_t flops, uint64_t bytes, uint32_t n)
+uint64_t keel_recorder_quantum(const keel_recorder *rec, const char *label)
 {
-    return (double)flops / dev->rate_flops * 1e9 + (double)bytes / dev->rate_bytes * 1e9 + dev->dispatch_ns * n;
-}
-
-static double between(double lo, double x, double hi)
-{
-    return x < lo ? lo : x > hi ? hi : x;
-}
-
-// Learns from what a submission took: slower at once, because a watchdog may wait; faster by and by. Each of the three terms
-// moves by its share of the estimate, so that many tiny dispatches do not pass for slow arithmetic.
-static void learn(keel_device *dev, const struct part *p, uint64_t ns)
-{
-    const double est = estimate(dev, p->flops, p->bytes, p->n), took = (double)KEEL_MAX(ns, 1u);
-    if (est < 2e6 && took < 2e6) {
-        return; // mostly the cost of starting it
-    }
-    const double ratio = est / took;
-    const double step = log(ratio < 1.0 ? KEEL_MAX(ratio, 0.25) : KEEL_MIN(1.0 + (ratio - 1.0) / 4.0, 2.0));
-    const double by_flops = (double)p->flops / dev->rate_flops * 1e9 / est, by_bytes = (double)p->bytes / dev->rate_bytes * 1e9 / est;
-    dev->rate_flops = between(1e8, dev->rate_flops * exp(step * by_flops), 1e15);
-    dev->rate_bytes = between(1e8, dev->rate_bytes * exp(step * by_bytes), 1e14);
-    dev->dispatch_ns = between(1e3, dev->dispatch_ns * exp(-step * (1.0 - by_flops - by_bytes)), 1e6);
-}
-
-uint64_t keel_recorder_quantum(const keel_recorder *rec)
-{
-    const double flops = rec->dev->rate_flops * TARGET_NS * 1e-9;
+    struct cost_model *m = &rec->dev->cost;
+    const double flops = TARGET_NS * 1e6 / keel_cost_ns(m, keel_cost_find(m, label), 1000000, 0);
     return flops > 1e6 ? (uint64_t)flops : 1000000u;
 }
 
@@ -258,7 +232,7 @@ static void account(keel_recorder *rec, struct part *p)
     rec->last_done_ns = now;
     if (!p->fresh) {
         dev->longest_ns = KEEL_MAX(dev->longest_ns, ns);
-        learn(dev, p, ns);
+        keel_cost_learn(&dev->cost, p->label_ns, dev->cost.n, (double)ns);
     }
     p->fresh = false; // from the second replay on
 }
@@ -325,8 +299,8 @@ static void begin_part(keel_recorder *rec)
         p->sets[n].used = 0;
     }
     p->n = p->n_entries = 0;
-    p->flops = p->bytes = 0;
     p->est_ns = 0.0;
+    memset(p->label_ns, 0, sizeof(p->label_ns));
     p->fresh = false;
     rec->bound = VK_NULL_HANDLE;
     clear_hazards(rec);
@@ -364,10 +338,16 @@ static void end_part(keel_recorder *rec)
     }
 }
 
-// Makes sure a part is open that may take work of this cost; cuts where the open one has enough.
-static bool prepare(keel_recorder *rec, uint64_t flops, uint64_t bytes)
+static double expected_ns(const keel_recorder *rec, const char *label, uint64_t flops, uint64_t bytes)
 {
-    const double est = estimate(rec->dev, flops, bytes, 1);
+    struct cost_model *m = &rec->dev->cost;
+    return keel_cost_ns(m, keel_cost_find(m, label), flops, bytes);
+}
+
+// Makes sure a part is open that may take work of this cost; cuts where the open one has enough.
+static bool prepare(keel_recorder *rec, const char *label, uint64_t flops, uint64_t bytes)
+{
+    const double est = expected_ns(rec, label, flops, bytes);
     struct part *p = rec->open;
     if (rec->status != KEEL_OK) {
         return false;
@@ -390,9 +370,9 @@ static bool prepare(keel_recorder *rec, uint64_t flops, uint64_t bytes)
 static void book(keel_recorder *rec, const char *label, uint64_t flops, uint64_t bytes)
 {
     struct part *p = rec->open;
-    p->est_ns += estimate(rec->dev, flops, bytes, 1);
-    p->flops += flops;
-    p->bytes += bytes;
+    const double est = expected_ns(rec, label, flops, bytes);
+    p->est_ns += est;
+    p->label_ns[keel_cost_find(&rec->dev->cost, label)] += est;
     ++p->n;
     if (!rec->profile) {
         return;
@@ -595,7 +575,7 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
         fail(rec, st);
         return;
     }
-    if (keel_fault_shader(dev, FAULT_SKIP, d->shader->name) || !prepare(rec, d->flops, d->bytes)) {
+    if (keel_fault_shader(dev, FAULT_SKIP, d->shader->name) || !prepare(rec, d->label, d->flops, d->bytes)) {
         return;
     }
     const VkCommandBuffer cmd = rec->open->cmd;
@@ -629,7 +609,7 @@ void keel_record_fill(keel_recorder *rec, struct keel_span dst, uint32_t word)
 {
     const struct keel_bind bind = {.span = dst, .access = KEEL_WRITE};
     KEEL_ASSERT(dst.offset % 4 == 0 && dst.bytes % 4 == 0);
-    if (dst.bytes == 0 || !prepare(rec, 0, dst.bytes)) {
+    if (dst.bytes == 0 || !prepare(rec, "fill", 0, dst.bytes)) {
         return;
     }
     order(rec, &bind, 1, TRANSFER);
@@ -642,7 +622,7 @@ void keel_record_copy(keel_recorder *rec, struct keel_span dst, struct keel_span
     const struct keel_bind binds[] = {{.span = src, .access = KEEL_READ}, {.span = dst, .access = KEEL_WRITE}};
     const VkBufferCopy copy = {.srcOffset = src.offset, .dstOffset = dst.offset, .size = src.bytes};
     KEEL_ASSERT(dst.bytes == src.bytes);
-    if (src.bytes == 0 || !prepare(rec, 0, 2 * src.bytes)) {
+    if (src.bytes == 0 || !prepare(rec, "copy", 0, 2 * src.bytes)) {
         return;
     }
     order(rec, binds, 2, TRANSFER);

@@ -40,23 +40,21 @@ static bool sane(double x, double lo, double hi)
 bool keel_speed_load(keel_device *dev)
 {
     char path[4096];
-    double gflops = 0.0, gbps = 0.0, matvec = 0.0, flops = 0.0, bytes = 0.0;
+    double gflops = 0.0, gbps = 0.0, matvec = 0.0;
     int exchange = 0;
     FILE *f = keel_device_cache_path(dev, "speed", path, sizeof(path)) ? fopen(path, "r") : NULL;
     if (!f) {
         return false;
     }
-    const int n = fscanf(f, "keel-speed 4 %lf %lf %lf %lf %lf exchange %d", &gflops, &gbps, &matvec, &flops, &bytes, &exchange);
+    const int n = fscanf(f, "keel-speed 5 %lf %lf %lf exchange %d", &gflops, &gbps, &matvec, &exchange);
     (void)fclose(f);
-    if (n != 6 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(matvec, 0.0, 1e6) || !sane(flops, 1e8, 1e15)
-        || !sane(bytes, 1e8, 1e14)) {
+    if (n != 4 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(matvec, 0.0, 1e6)) {
         return false;
     }
     dev->caps.gflops = gflops;
     dev->caps.gbps = gbps;
     dev->caps.matvec_gbps = matvec;
-    dev->rate_flops = dev->saved_flops = flops;
-    dev->rate_bytes = dev->saved_bytes = bytes;
+    keel_cost_init(&dev->cost, gflops, gbps);
     dev->caps.exchange = dev->caps.exchange && exchange;
     return true;
 }
@@ -66,13 +64,11 @@ void keel_speed_save(const keel_device *dev)
     const keel_log quiet = {.level = (enum keel_log_level)0};
     struct keel_file_out file = {0};
     char path[4096];
-    const double change = dev->saved_flops > 0.0 ? dev->rate_flops / dev->saved_flops : 0.0;
-    if (dev->lost || (change > 0.8 && change < 1.25) || (dev->n_submits == 0 && dev->caps.gflops <= 0.0)
-        || !keel_device_cache_path(dev, "speed", path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
+    if (dev->lost || !keel_device_cache_path(dev, "speed", path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
         return;
     }
-    fprintf(file.f, "keel-speed 4 %.4g %.4g %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->caps.matvec_gbps,
-            dev->rate_flops, dev->rate_bytes, dev->caps.exchange);
+    fprintf(file.f, "keel-speed 5 %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->caps.matvec_gbps,
+            dev->caps.exchange);
     (void)keel_file_commit(&file, &quiet);
 }
 
@@ -187,10 +183,7 @@ keel_status keel_device_measure(keel_device *dev)
     dev->caps.gflops = flops * 1e-9;
     dev->caps.gbps = bytes * 1e-9;
     dev->caps.matvec_gbps = matvec * 1e-9;
-    // Real kernels reach a part of the peak (portability.md 3.1); submissions correct it.
-    dev->rate_flops = KEEL_MAX(flops / 8.0, 1e8);
-    dev->rate_bytes = KEEL_MAX(bytes / 2.0, 1e8);
-    dev->saved_flops = 0.0;
+    keel_cost_init(&dev->cost, dev->caps.gflops, dev->caps.gbps);
     keel_speed_save(dev);
 out:
     keel_recorder_destroy(&rec);
@@ -249,7 +242,6 @@ keel_status keel_speed_choose(keel_device *dev)
     // A CPU gains more in the products, where a number serves many rows, than here: 2 times on lavapipe 26.1 for a tenth here.
     const double least = strcmp(dev->caps.kind, "cpu") == 0 ? 1.0 : 0.8;
     dev->caps.exchange = same && (double)ns[1] < least * (double)ns[0];
-    dev->saved_flops = 0.0;
     keel_speed_save(dev);
 out:
     keel_recorder_destroy(&rec);

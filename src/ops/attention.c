@@ -31,7 +31,7 @@ struct product_args {
 static void record_product(keel_recorder *rec, struct attention_pc pc, const struct product_args *p)
 {
     const uint64_t unit_flops = 2ull * GROUP * p->keys * pc.head_dim * pc.n_heads;
-    const uint32_t step = units_per_dispatch(rec, p->units, unit_flops, 1);
+    const uint32_t step = units_per_dispatch(rec, p->label, p->units, unit_flops, 1);
     const uint32_t elems = keel_div_up(pc.head_dim, LANES);
     for (uint32_t i = 0; i < p->units; i += step) {
         const uint32_t n = KEEL_MIN(step, p->units - i);
@@ -89,7 +89,7 @@ static void record_scores_all(keel_recorder *rec, struct attention_pc pc, const 
 {
     const uint32_t units = keel_div_up(pc.p_rows, ATTENTION_ALL_TOKENS);
     const uint64_t unit_flops = 2ull * ATTENTION_ALL_TOKENS * pc.kv_rows * pc.head_dim * pc.n_heads;
-    const uint32_t step = units_per_dispatch(rec, units, unit_flops, 1);
+    const uint32_t step = units_per_dispatch(rec, "attn_scores", units, unit_flops, 1);
     for (uint32_t i = 0; i < units; i += step) {
         pc.group0 = i;
         pc.groups = KEEL_MIN(step, units - i);
@@ -108,7 +108,7 @@ static void record_mix_all(keel_recorder *rec, struct attention_pc pc, const str
     // Eight lanes read eight quads at once; six where that divides the head and eight does not (SigLIP: 18 quads).
     const uint32_t part = quads % 8 > 0 && quads % 6 == 0 ? 6 : 8;
     const uint64_t unit_flops = 2ull * ATTENTION_ALL_UNIT * pc.kv_rows * pc.head_dim * pc.n_heads;
-    const uint32_t step = units_per_dispatch(rec, units, unit_flops, 1);
+    const uint32_t step = units_per_dispatch(rec, "attn_mix", units, unit_flops, 1);
     for (uint32_t i = 0; i < units; i += step) {
         pc.group0 = i;
         pc.groups = KEEL_MIN(step, units - i);

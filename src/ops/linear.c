@@ -85,9 +85,9 @@ static void record_product(keel_recorder *rec, const struct product *p)
                                            keel_div_up(k, 32));
     const uint32_t groups_t = keel_div_up(n_tokens, tiling.tokens), units = tiling.tiles / pair;
     const uint64_t token_flops = UINT64_C(128) * pair * (k + (p->lora ? p->pc.rank : 0)); // of one tile
-    const uint32_t step = units_per_dispatch(rec, p->tiles, token_flops * n_tokens, units);
+    const uint32_t step = units_per_dispatch(rec, sh->fwd_label, p->tiles, token_flops * n_tokens, units);
     // One tile may still be too much for long batches: then the tokens are split as well.
-    const uint32_t step_t = units_per_dispatch(rec, groups_t, token_flops * tiling.tokens * step, 1);
+    const uint32_t step_t = units_per_dispatch(rec, sh->fwd_label, groups_t, token_flops * tiling.tokens * step, 1);
     struct linear_fwd_pc pc = p->pc;
     for (uint32_t tile = 0; tile < p->tiles; tile += step) {
         for (uint32_t g = 0; g < groups_t; g += step_t) {
@@ -230,8 +230,8 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
         const struct keel_shard *s = &w->shard[i];
         const uint32_t tiles = keel_div_up(s->rows, 64);
         const uint64_t group_flops = UINT64_C(128) * w->cols * tokens; // of one tile of rows
-        const uint32_t step = KEEL_MIN(units_per_dispatch(rec, tiles, group_flops * groups_t, 1), step_rows);
-        const uint32_t step_t = units_per_dispatch(rec, groups_t, group_flops * step, 1);
+        const uint32_t step = KEEL_MIN(units_per_dispatch(rec, sh->bwd_label, tiles, group_flops * groups_t, 1), step_rows);
+        const uint32_t step_t = units_per_dispatch(rec, sh->bwd_label, groups_t, group_flops * step, 1);
         for (uint32_t tile = 0; tile < tiles; tile += step) {
             for (uint32_t g = 0; g < groups_t; g += step_t) {
                 const uint32_t n = KEEL_MIN(step, tiles - tile), ng = KEEL_MIN(step_t, groups_t - g);

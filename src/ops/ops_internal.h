@@ -22,11 +22,12 @@ static inline bool use_exchange(const keel_recorder *rec, enum keel_family f)
 // The base module or the one that exchanges values between lanes.
 #define PICK(rec, family, name) (use_exchange(rec, KEEL_FAMILY_##family) ? &keel_sh_##name##_x : &keel_sh_##name)
 
-// How many of `total` units, each of `flops`, one dispatch should take: as many as the recorder's quantum allows, a multiple
+// How many of `total` units, each of `flops`, one dispatch of `label` should take: as many as the quantum allows, a multiple
 // of `step`, at least `step`.
-static inline uint32_t units_per_dispatch(const keel_recorder *rec, uint32_t total, uint64_t flops, uint32_t step)
+static inline uint32_t units_per_dispatch(const keel_recorder *rec, const char *label, uint32_t total, uint64_t flops,
+                                          uint32_t step)
 {
-    const uint64_t n = keel_recorder_quantum(rec) / KEEL_MAX(flops, UINT64_C(1)) / step * step;
+    const uint64_t n = keel_recorder_quantum(rec, label) / KEEL_MAX(flops, UINT64_C(1)) / step * step;
     return (uint32_t)KEEL_MIN(KEEL_MAX(n, (uint64_t)step), (uint64_t)total);
 }
 

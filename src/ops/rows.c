@@ -69,7 +69,7 @@ void keel_rows_cov(keel_recorder *rec, const struct keel_rows_sums_params *p)
 {
     const uint64_t row = 4ull * p->n_rows * p->width; // operations for one row of the matrix
     for (uint32_t i = 0; i < p->width;) {
-        const uint32_t m = units_per_dispatch(rec, p->width - i, row, 4);
+        const uint32_t m = units_per_dispatch(rec, "rows_cov", p->width - i, row, 4);
         const struct rows_pc pc = { .n_rows = p->n_rows, .width = p->width, .row0 = i };
         keel_record(rec, &(struct keel_dispatch){
             .shader = &keel_sh_rows_cov, .spec = { LANES }, .n_spec = 1,

@@ -2,10 +2,11 @@
 // tests/device/device_test.c: the device room under every clamp profile with the validation layer on. Any message of the layer
 // fails the test. Runs on whatever driver the environment offers; tests/meson.build adds SwiftShader where it is installed.
 #include "base.h"
-#include "device.h"
+#include "internal.h"
 #include "platform.h"
 
 #include <dirent.h>
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -393,12 +394,12 @@ static void test_split(void **state)
     struct keel_span a = alloc(f->heap, 4096), b = alloc(f->heap, 4096), p = param(f, 0);
     uint32_t value = 1;
     const uint64_t before = submits(f->dev);
-    assert_true(keel_recorder_quantum(f->rec) >= 1000000);
+    assert_true(keel_recorder_quantum(f->rec, "step") >= 1000000);
     keel_record_fill(f->rec, a, value);
     for (uint32_t i = 0; i < 50; ++i) {
         const struct push push = {1024, 3, i};
         struct keel_dispatch d = step(b, a, p, &push);
-        d.flops = keel_recorder_quantum(f->rec) / 2 + 1;
+        d.flops = keel_recorder_quantum(f->rec, "step") / 2 + 1;
         keel_record(f->rec, &d);
         record_step(f, a, b, p, 1, 1);
         value = value * 3 + i + 1;
@@ -410,6 +411,35 @@ static void test_split(void **state)
     assert_true(keel_device_longest_submit_ns(f->dev) > 0);
     finish(f->rec); // nothing to hand in
     assert_int_equal(submits(f->dev) - before, took);
+}
+
+// Labels that fill submissions are learnt, each by itself, whatever the device's rates say; slowness at once.
+static void test_cost_model(void **state)
+{
+    (void)state;
+    struct cost_model m = {0};
+    keel_cost_init(&m, 100.0, 10.0);
+    const uint32_t fast = keel_cost_find(&m, "fast"), slow = keel_cost_find(&m, "slow"), rare = keel_cost_find(&m, "rare");
+    const uint64_t work = 100000000;
+    const double first = keel_cost_ns(&m, rare, work, 0);
+    for (int i = 0; i < 64; ++i) {
+        double est[4] = {0};
+        const uint32_t which = i % 2 ? slow : fast;
+        est[which] = keel_cost_ns(&m, which, work, 0);
+        est[rare] = 0.001 * est[which];
+        keel_cost_learn(&m, est, m.n, which == slow ? 80e6 : 5e6);
+        assert_true(i != 3 || keel_cost_ns(&m, slow, work, 0) > 60e6); // seen twice
+    }
+    assert_true(fabs(keel_cost_ns(&m, fast, work, 0) / 5e6 - 1.0) < 0.05);
+    assert_true(fabs(keel_cost_ns(&m, slow, work, 0) / 80e6 - 1.0) < 0.05);
+    assert_true(fabs(keel_cost_ns(&m, rare, work, 0) / first - 1.0) < 0.05);
+    char names[MAX_COSTS][8];
+    for (uint32_t i = 0; i < MAX_COSTS; ++i) {
+        (void)snprintf(names[i], sizeof(names[i]), "l%u", i);
+        assert_true(keel_cost_find(&m, names[i]) < MAX_COSTS);
+    }
+    assert_int_equal(keel_cost_find(&m, "one too many"), 0);
+    assert_int_equal(keel_cost_find(&m, "slow"), slow);
 }
 
 static void test_nothing(void **state)
@@ -720,7 +750,7 @@ int main(void)
 #define CASE(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest each[] = {
         CASE(test_caps), CASE(test_memory), cmocka_unit_test(test_out_of_memory), CASE(test_transfer), CASE(test_stage),
-        CASE(test_chain), CASE(test_barriers), CASE(test_many_spans), CASE(test_replay), CASE(test_split), CASE(test_nothing),
+        CASE(test_chain), CASE(test_barriers), CASE(test_many_spans), CASE(test_replay), CASE(test_split), CASE(test_cost_model), CASE(test_nothing),
         CASE(test_refusals), CASE(test_profile),
     };
     const struct CMUnitTest once[] = {
