@@ -43,7 +43,18 @@ void main()
     [[unroll]] for (uint i = 0; i < GROUP * ELEMS; i++) {
         acc[i] = 0.0;
     }
+#define ADD_TOKEN(t, weight_of_n) \
+    { \
+        const uint row = ((t) * pc.n_heads + h) * pc.head_dim; \
+        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
+            const float av = a(row + min(gl_LocalInvocationID.x + 64u * e, last)); \
+            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
+                acc[n * ELEMS + e] += weight_of_n * av; \
+            } \
+        } \
+    }
     [[dont_unroll]] for (uint h = g * per; h < (g + 1u) * per; h++) {
+#ifdef EXCHANGE
         [[dont_unroll]] for (uint t = t_first; t < t_end; t += 8u) {
             EIGHT(w, GROUP); // probabilities of four keys for eight tokens
             [[unroll]] for (uint n = 0; n < GROUP; n++) {
@@ -51,16 +62,19 @@ void main()
             }
 #define MAC(i) \
     if (t + i < t_end) { \
-        const uint row = ((t + i) * pc.n_heads + h) * pc.head_dim; \
-        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float av = a(row + min(gl_LocalInvocationID.x + 64u * e, last)); \
-            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
-                acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * av; \
-            } \
-        } \
+        ADD_TOKEN(t + i, PICK_EIGHT(w, n, i)) \
     }
             EACH_EIGHT(MAC)
         }
+#else // one token at a time: eight take SwiftShader (Chromium 156) gigabytes to compile
+        [[dont_unroll]] for (uint t = t_first; t < t_end; t++) {
+            float w[GROUP];
+            [[unroll]] for (uint n = 0; n < GROUP; n++) {
+                w[n] = weight(h, t, j0 + n);
+            }
+            ADD_TOKEN(t, w[n])
+        }
+#endif
     }
     [[unroll]] for (uint i = 0; i < GROUP; i++) {
         if (j0 + i < pc.n_tokens) {

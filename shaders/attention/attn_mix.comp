@@ -46,6 +46,18 @@ void main()
         acc[i] = 0.0;
     }
     uint slot = first % pc.kv_rows;
+#define ADD_KEY(weight_of_n) \
+    { \
+        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim; \
+        slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
+        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
+            const float bv = b(key + min(gl_LocalInvocationID.x + 64u * e, last)); \
+            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
+                acc[n * ELEMS + e] += weight_of_n * bv; \
+            } \
+        } \
+    }
+#ifdef EXCHANGE
     [[dont_unroll]] for (uint j = first; j < end; j += 8u) {
         EIGHT(w, GROUP); // probabilities of eight keys; 0 for keys that a token does not see
         [[unroll]] for (uint i = 0; i < GROUP; i++) {
@@ -53,17 +65,19 @@ void main()
         }
 #define MAC(i) \
     if (j + i < end) { \
-        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim; \
-        slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
-        [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float bv = b(key + min(gl_LocalInvocationID.x + 64u * e, last)); \
-            [[unroll]] for (uint n = 0; n < GROUP; n++) { \
-                acc[n * ELEMS + e] += PICK_EIGHT(w, n, i) * bv; \
-            } \
-        } \
+        ADD_KEY(PICK_EIGHT(w, n, i)) \
     }
         EACH_EIGHT(MAC)
     }
+#else // one key at a time: eight take SwiftShader (Chromium 156) gigabytes to compile
+    [[dont_unroll]] for (uint j = first; j < end; j++) {
+        float w[GROUP];
+        [[unroll]] for (uint i = 0; i < GROUP; i++) {
+            w[i] = weight(at[i], j, lo[i], hi[i]);
+        }
+        ADD_KEY(w[n])
+    }
+#endif
     [[unroll]] for (uint i = 0; i < GROUP; i++) {
         if (row0 + i < pc.p_rows) {
             [[unroll]] for (uint e = 0; e < ELEMS; e++) {
