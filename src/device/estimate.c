@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 // device/estimate.c: how long work will take, so that submissions can be cut short. Kernels reach very different parts of the
-// device's peak, so the model holds a factor for each label and corrects it by what whole submissions took.
+// device's peak, so the model holds a factor for each kind of work and corrects it by what whole submissions took.
 #include "internal.h"
 
 #include <math.h>
 #include <string.h>
 
 #define DISPATCH_NS 5e3 // a dispatch that does nothing
-#define UNKNOWN 2.0     // slowness of a label that never ran: rather two short submissions than one that a watchdog ends
+#define UNKNOWN 2.0     // slowness of a kind that never ran: rather two short submissions than one that a watchdog ends
 #define SHORT_NS 2e6    // below it a submission is mostly the cost of starting it
 
 void keel_cost_init(struct cost_model *m, double gflops, double gbps)
@@ -16,16 +16,17 @@ void keel_cost_init(struct cost_model *m, double gflops, double gbps)
     // slow board reaches.
     m->flops = gflops > 0.0 ? fmax(gflops * 1e9 / 8.0, 1e8) : 2e9;
     m->bytes = gbps > 0.0 ? fmax(gbps * 1e9 / 2.0, 1e8) : 4e9;
-    (void)keel_cost_find(m, "other");
+    (void)keel_cost_find(m, "other", 0, 0);
     for (uint32_t i = 0; i < m->n; ++i) {
         m->of[i].slow = UNKNOWN;
     }
 }
 
-uint32_t keel_cost_find(struct cost_model *m, const char *label)
+uint32_t keel_cost_find(struct cost_model *m, const char *label, uint64_t flops, uint64_t bytes)
 {
+    const bool arithmetic = (double)flops / m->flops > (double)bytes / m->bytes;
     for (uint32_t i = 0; i < m->n; ++i) {
-        if (m->of[i].label == label || strcmp(m->of[i].label, label) == 0) {
+        if (m->of[i].arithmetic == arithmetic && (m->of[i].label == label || strcmp(m->of[i].label, label) == 0)) {
             return i;
         }
     }
@@ -33,16 +34,17 @@ uint32_t keel_cost_find(struct cost_model *m, const char *label)
         return 0;
     }
     m->of[m->n].label = label;
+    m->of[m->n].arithmetic = arithmetic;
     m->of[m->n].slow = UNKNOWN;
     return m->n++;
 }
 
-double keel_cost_ns(const struct cost_model *m, uint32_t label, uint64_t flops, uint64_t bytes)
+double keel_cost_ns(const struct cost_model *m, uint32_t kind, uint64_t flops, uint64_t bytes)
 {
-    return m->of[label].slow * ((double)flops / m->flops * 1e9 + (double)bytes / m->bytes * 1e9 + DISPATCH_NS);
+    return m->of[kind].slow * ((double)flops / m->flops * 1e9 + (double)bytes / m->bytes * 1e9 + DISPATCH_NS);
 }
 
-// Slower at once, because a watchdog may wait; faster by and by. Each label moves by its share of what was expected: labels that
+// Slower at once, because a watchdog may wait; faster by and by. Each kind moves by its share of what was expected: those that
 // fill submissions are learnt soon, and the others matter little.
 void keel_cost_learn(struct cost_model *m, const double *est_ns, uint32_t n, double ns)
 {

@@ -120,14 +120,16 @@ struct fault {
     uint64_t submission; // counted from 0 since the device was opened
 };
 
-// What submissions are estimated with (estimate.c): the device's rates, and how many times slower each label is than they say.
-#define MAX_COSTS 128u
+// What submissions are estimated with (estimate.c): the device's rates, and how many times slower each kind of work is than they
+// say. A kind is a label whose declared cost is mostly bytes, or mostly arithmetic: one token or many.
+#define MAX_COSTS 256u
 struct cost_model {
     double flops, bytes; // per second
     struct {
         const char *label;
+        bool arithmetic;
         double slow;
-    } of[MAX_COSTS]; // of[0] stands for all labels that find no place
+    } of[MAX_COSTS]; // of[0] stands for all kinds that find no place
     uint32_t n;
 };
 
@@ -200,10 +202,10 @@ uint32_t keel_main_heap(const VkPhysicalDeviceMemoryProperties *mem, bool unifie
 
 // Sets the rates from measured peaks, or careful ones where they are 0.
 void keel_cost_init(struct cost_model *m, double gflops, double gbps);
-// Place of a label (static storage) in the model; made at first use.
-uint32_t keel_cost_find(struct cost_model *m, const char *label);
-double keel_cost_ns(const struct cost_model *m, uint32_t label, uint64_t flops, uint64_t bytes);
-// Learns from a submission that took `ns`: est_ns[i] is what label i was expected to take in it, n labels.
+// Place in the model of work with this label (static storage) and cost; made at first use.
+uint32_t keel_cost_find(struct cost_model *m, const char *label, uint64_t flops, uint64_t bytes);
+double keel_cost_ns(const struct cost_model *m, uint32_t kind, uint64_t flops, uint64_t bytes);
+// Learns from a submission that took `ns`: est_ns[i] is what kind i was expected to take in it, n kinds.
 void keel_cost_learn(struct cost_model *m, const double *est_ns, uint32_t n, double ns);
 
 // --- speed.c -------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ struct part {
     uint32_t n_entries, cap_entries;
     uint32_t n; // commands that do work
     uint64_t submit_ns;
-    double est_ns, label_ns[MAX_COSTS]; // expected time, and of it each label's
+    double est_ns, kind_ns[MAX_COSTS]; // expected time, and of it each kind's
     bool in_flight;
     bool fresh; // holds the first run of a pipeline: its time says nothing, since CPU drivers compile then
 };
@@ -174,7 +174,7 @@ static struct part *next_part(keel_recorder *rec)
 uint64_t keel_recorder_quantum(const keel_recorder *rec, const char *label)
 {
     struct cost_model *m = &rec->dev->cost;
-    const double flops = TARGET_NS * 1e6 / keel_cost_ns(m, keel_cost_find(m, label), 1000000, 0);
+    const double flops = TARGET_NS * 1e6 / keel_cost_ns(m, keel_cost_find(m, label, 1000000, 0), 1000000, 0);
     return flops > 1e6 ? (uint64_t)flops : 1000000u;
 }
 
@@ -232,7 +232,7 @@ static void account(keel_recorder *rec, struct part *p)
     rec->last_done_ns = now;
     if (!p->fresh) {
         dev->longest_ns = KEEL_MAX(dev->longest_ns, ns);
-        keel_cost_learn(&dev->cost, p->label_ns, dev->cost.n, (double)ns);
+        keel_cost_learn(&dev->cost, p->kind_ns, dev->cost.n, (double)ns);
     }
     p->fresh = false; // from the second replay on
 }
@@ -300,7 +300,7 @@ static void begin_part(keel_recorder *rec)
     }
     p->n = p->n_entries = 0;
     p->est_ns = 0.0;
-    memset(p->label_ns, 0, sizeof(p->label_ns));
+    memset(p->kind_ns, 0, sizeof(p->kind_ns));
     p->fresh = false;
     rec->bound = VK_NULL_HANDLE;
     clear_hazards(rec);
@@ -341,7 +341,7 @@ static void end_part(keel_recorder *rec)
 static double expected_ns(const keel_recorder *rec, const char *label, uint64_t flops, uint64_t bytes)
 {
     struct cost_model *m = &rec->dev->cost;
-    return keel_cost_ns(m, keel_cost_find(m, label), flops, bytes);
+    return keel_cost_ns(m, keel_cost_find(m, label, flops, bytes), flops, bytes);
 }
 
 // Makes sure a part is open that may take work of this cost; cuts where the open one has enough.
@@ -372,7 +372,7 @@ static void book(keel_recorder *rec, const char *label, uint64_t flops, uint64_t
     struct part *p = rec->open;
     const double est = expected_ns(rec, label, flops, bytes);
     p->est_ns += est;
-    p->label_ns[keel_cost_find(&rec->dev->cost, label)] += est;
+    p->kind_ns[keel_cost_find(&rec->dev->cost, label, flops, bytes)] += est;
     ++p->n;
     if (!rec->profile) {
         return;

@@ -419,8 +419,8 @@ static void test_cost_model(void **state)
     (void)state;
     struct cost_model m = {0};
     keel_cost_init(&m, 100.0, 10.0);
-    const uint32_t fast = keel_cost_find(&m, "fast"), slow = keel_cost_find(&m, "slow"), rare = keel_cost_find(&m, "rare");
     const uint64_t work = 100000000;
+    const uint32_t fast = keel_cost_find(&m, "fast", work, 0), slow = keel_cost_find(&m, "slow", work, 0), rare = keel_cost_find(&m, "rare", work, 0);
     const double first = keel_cost_ns(&m, rare, work, 0);
     for (int i = 0; i < 64; ++i) {
         double est[4] = {0};
@@ -436,10 +436,10 @@ static void test_cost_model(void **state)
     char names[MAX_COSTS][8];
     for (uint32_t i = 0; i < MAX_COSTS; ++i) {
         (void)snprintf(names[i], sizeof(names[i]), "l%u", i);
-        assert_true(keel_cost_find(&m, names[i]) < MAX_COSTS);
+        assert_true(keel_cost_find(&m, names[i], 0, 0) < MAX_COSTS);
     }
-    assert_int_equal(keel_cost_find(&m, "one too many"), 0);
-    assert_int_equal(keel_cost_find(&m, "slow"), slow);
+    assert_int_equal(keel_cost_find(&m, "one too many", 0, 0), 0);
+    assert_int_equal(keel_cost_find(&m, "slow", work, 0), slow);
 }
 
 static void test_nothing(void **state)
