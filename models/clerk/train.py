@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """train: makes the clerk from nothing: vocabulary, sight, pre-training, alignment, check, Hugging Face folder.
 
-    python train.py OUT [--seed 1] [--look 2000] [--steps 1500] [--align 250]
+    python train.py OUT [--seed 1] [--look 4000] [--steps 1500] [--align 250]
 
 First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by
 an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out.
@@ -28,7 +28,7 @@ WINDOW = 16
 CELLS = {("colour", "image"): 1.0, ("shape", "image"): 2.2, ("count", "image"): 1.2, ("colour", "text"): 0.8,
          ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 2.2,
          ("letter", "fact"): 0.8}
-TRAIN_JITTERS, CHECK_JITTERS = range(0, 40), range(1000, 1002)
+TRAIN_JITTERS, CHECK_JITTERS = range(0, 120), range(1000, 1002)
 
 
 def config(sp):
@@ -223,7 +223,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
     ap.add_argument("--seed", type=int, default=1)
-    ap.add_argument("--look", type=int, default=2000)
+    ap.add_argument("--look", type=int, default=4000)
     ap.add_argument("--steps", type=int, default=1500)
     ap.add_argument("--align", type=int, default=250)
     ap.add_argument("--lr", type=float, default=3e-3)
