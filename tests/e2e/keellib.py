@@ -51,9 +51,10 @@ class Vision:
         lib.call("keel_vision_open", C.byref(self.p), str(path).encode(), None, C.byref(lib.log))
         self.info = lib.c.keel_vision_info(self.p).contents
 
-    def encode(self, image, device=True):
+    def encode(self, image, device=True, view=0):
         out = np.full((self.info.n_tokens, self.info.out_width), np.nan, np.float32)
-        self.lib.call("keel_vision_encode", self.p, self.lib.dev if device else None, str(image).encode(), out.ctypes.data_as(C.c_void_p))
+        self.lib.call("keel_vision_encode", self.p, self.lib.dev if device else None, str(image).encode(), C.c_uint32(view),
+                      out.ctypes.data_as(C.c_void_p))
         return out
 
     def unload(self):
