@@ -19,7 +19,8 @@ void keel_map_close(struct keel_map *map); // accepts all-zero
 void keel_map_done_with(const struct keel_map *map, size_t offset, size_t len);
 
 // A file that appears under its final name only when it is complete: written as PATH.tmp-PID beside it, fsynced, renamed.
-// Whatever happens before the commit, an older file under that name stays as it was.
+// Whatever happens before the commit, an older file under that name stays as it was. Creating it again removes what a killed
+// process left.
 struct keel_file_out {
     FILE *f; // write with stdio; errors are found at commit
     char *path, *tmp;

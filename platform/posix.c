@@ -2,6 +2,7 @@
 // platform/posix.c: files, threads, clock and signals on Linux and other POSIX systems.
 #include "platform.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -70,6 +71,29 @@ void keel_map_done_with(const struct keel_map *map, size_t offset, size_t len)
     }
 }
 
+// Removes PATH.tmp-PID of processes that are gone: killed while they wrote.
+static void remove_leftovers(const char *path)
+{
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const size_t n = strlen(name);
+    char *folder = slash ? strndup(path, (size_t)(slash - path) + 1) : strdup(".");
+    DIR *d = folder ? opendir(folder) : NULL;
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) {
+        if (strncmp(e->d_name, name, n) != 0 || strncmp(e->d_name + n, ".tmp-", 5) != 0) {
+            continue;
+        }
+        char *end;
+        const long pid = strtol(e->d_name + n + 5, &end, 10);
+        if (pid > 0 && *end == '\0' && kill((pid_t)pid, 0) != 0 && errno == ESRCH) {
+            (void)unlinkat(dirfd(d), e->d_name, 0);
+        }
+    }
+    if (d) {
+        (void)closedir(d);
+    }
+    free(folder);
+}
+
 keel_status keel_file_create(struct keel_file_out *out, const char *path, const keel_log *log)
 {
     keel_status st = KEEL_OK;
@@ -82,6 +106,7 @@ keel_status keel_file_create(struct keel_file_out *out, const char *path, const 
     }
     out->tmp = tmp.data;
     tmp = (struct keel_text){ 0 };
+    remove_leftovers(path);
     out->f = fopen(out->tmp, "wbe");
     if (!out->f) {
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: cannot create: %s", path, strerror(errno));
