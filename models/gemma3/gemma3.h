@@ -226,6 +226,10 @@ struct keel_kv {
 void keel_kv_rows(const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch, uint32_t rows[2]);
 void keel_kv_layout(struct keel_layout *l, struct keel_kv *kv, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch);
 
+// Records that a new cache becomes zero. Attention multiplies keys that a token does not see by zero probabilities: those of
+// other sequences in its group, and rows that nothing was written to yet. Memory as it comes may hold NaN there.
+void keel_kv_clear(keel_recorder *rec, const struct keel_kv *kv, const struct keel_gemma3 *c);
+
 // What score and kl need beside a pass: normalised rows at the places, logits, statistics scratch. `n_models` 2 for kl.
 struct keel_scorer {
     uint32_t places, chunk;

@@ -88,6 +88,7 @@ static keel_status begin(struct run *r, struct keel_generate_row *rows, size_t n
     }
     KEEL_TRY(keel_layout_make(&r->heap, s->model->dev, KEEL_HEAP_DEVICE, "kv cache of several sequences", want_cache, r));
     KEEL_TRY(keel_recorder_create(&r->rec, s->model->dev, NULL));
+    keel_kv_clear(r->rec, &r->kv, c);
     KEEL_TRY(keel_recorder_create(&r->step, s->model->dev, &(struct keel_recorder_params){ .replay = true }));
 out:
     return st;

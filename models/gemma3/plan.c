@@ -67,6 +67,14 @@ void keel_kv_layout(struct keel_layout *l, struct keel_kv *kv, const struct keel
     }
 }
 
+void keel_kv_clear(keel_recorder *rec, const struct keel_kv *kv, const struct keel_gemma3 *c)
+{
+    for (uint32_t i = 0; i < c->n_layers; i++) {
+        keel_record_fill(rec, kv->k[i], 0);
+        keel_record_fill(rec, kv->v[i], 0);
+    }
+}
+
 void keel_scorer_layout(struct keel_layout *l, struct keel_scorer *s, const struct keel_gemma3 *c, uint32_t places,
                         uint32_t chunk, uint32_t n_models)
 {

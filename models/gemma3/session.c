@@ -127,6 +127,8 @@ keel_status keel_session_cache(keel_session *s, uint32_t which, const struct kee
             KEEL_FAIL(s->model->log, KEEL_ERR_NO_MEMORY, "no memory for a key/value cache");
         }
         KEEL_TRY(keel_layout_make(&c->heap, s->model->dev, KEEL_HEAP_DEVICE, "kv cache", want_cache, &(struct cache_want){ s, c }));
+        keel_kv_clear(s->rec, &c->kv, &s->model->cfg);
+        KEEL_TRY(keel_recorder_submit(s->rec));
     }
     *kv = &c->kv;
 out:

@@ -113,11 +113,11 @@ struct profile {
     bool clock_set;
 };
 
-enum fault_kind { FAULT_NONE, FAULT_COMPILE, FAULT_SKIP, FAULT_LOST, FAULT_DROP };
+enum fault_kind { FAULT_NONE, FAULT_COMPILE, FAULT_SKIP, FAULT_LOST, FAULT_DROP, FAULT_DIRTY };
 struct fault {
     enum fault_kind kind;
     char shader[64];     // a part of its name
-    uint64_t submission; // counted from 0 since the device was opened
+    uint64_t number;     // submission, from 0 since the device was opened; or byte that fills new memory
 };
 
 // What submissions are estimated with (estimate.c): the device's rates, and how many times slower each kind of work is than they
@@ -242,6 +242,8 @@ keel_status keel_fault_init(keel_device *dev, const char *text);
 // Whether this shader, or the submission that comes now, is to fail so.
 bool keel_fault_shader(const keel_device *dev, enum fault_kind kind, const char *shader);
 bool keel_fault_submission(const keel_device *dev, enum fault_kind kind);
+// Fills new memory that the host sees: 255 makes it NaN, and what reads memory before writing it shows.
+void keel_fault_memory(const keel_device *dev, void *host, uint64_t bytes);
 
 // --- reflect.c -----------------------------------------------------------------------------------
 

@@ -100,6 +100,9 @@ static VkResult try_wish(keel_device *dev, struct keel_block *b, const struct wi
         }
         if (r == VK_SUCCESS) {
             b->coherent = f & COHERENT;
+            if (b->host) {
+                keel_fault_memory(dev, b->host, req->size);
+            }
             return r;
         }
         b->memory = VK_NULL_HANDLE;

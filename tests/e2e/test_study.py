@@ -134,6 +134,16 @@ def test_sweep_killed_and_continued(keel, tiny_c, folder, tmp_path):
     assert "Drift report: tiny" in (whole / "runs" / RUNS[0] / "report.html").read_text()
 
 
+def test_fresh_memory_is_not_read(keel, tiny_c, folder, tmp_path):
+    """Device memory that is NaN until it is written gives the same numbers: examples once read the cache of a sequence not yet there."""
+    texts = []
+    for fault in ("dirty:0", "dirty:255"):
+        out = tmp_path / fault
+        keel("study", folder / "study.yaml", "-m", tiny_c, "--out", out, env={"KEEL_FAULT": fault})
+        texts.append({f: (out / f).read_text() for s in ("base", "tuned") for f in (f"{s}/slots.jsonl", f"{s}/examples.jsonl")})
+    assert texts[0] == texts[1] and '"text"' in texts[0]["base/examples.jsonl"]
+
+
 def test_sweep_of_another_study(keel, tiny_c, folder, tmp_path):
     (folder / "study.yaml").write_text(SWEEP.replace("steps: 5", "steps: 1"))
     keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")

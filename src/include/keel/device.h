@@ -65,7 +65,8 @@ struct keel_device_params {
     uint64_t memory_limit; // refuse to allocate more device memory than this; 0: what the device offers
     const char *fault;   // for tests of what happens on broken drivers; NULL: none. "compile:SHADER": shaders whose names hold that do not
                          // compile; "skip:SHADER": their dispatches do nothing; "lost:N": submission N, from 0, loses the device;
-                         // "drop:N": it does nothing, as after a reset that the driver hides
+                         // "drop:N": it does nothing, as after a reset that the driver hides; "dirty:BYTE": new memory
+                         // that the host sees is filled with it
 };
 
 // Opens a device. NULL params: the defaults above. On success `*out` is released with keel_device_destroy().
