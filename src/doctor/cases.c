@@ -47,8 +47,10 @@ struct weights {
     double *w, *mag;
 };
 
-static bool draw_weights(struct bed *b, struct weights *out, enum keel_dtype type, uint32_t N, uint32_t K)
+// Begins a case on a random matrix.
+static bool begin_product(struct bed *b, struct weights *out, enum keel_dtype type, int T, int N, int K)
 {
+    bed_begin(b, (uint64_t)T * 7919 + (uint64_t)N * 31 + type);
     const struct keel_dtype_info *info = keel_dtype_info(type);
     const size_t n = (size_t)N * K;
     uint8_t *blocks = bed_bytes(b, n / info->block_elems * info->block_bytes);
@@ -56,9 +58,12 @@ static bool draw_weights(struct bed *b, struct weights *out, enum keel_dtype typ
     out->w = bed_zeros(b, n);
     out->mag = bed_zeros(b, n);
     ref_dequant(out->w, out->mag, type, blocks, n);
-    keel_status st = keel_matrix_create(&out->m, b->dev, b->heap, type, N, K, blocks, NULL);
+    keel_status st = keel_matrix_create(&out->m, b->dev, b->heap, type, (uint32_t)N, (uint32_t)K, blocks, NULL);
     st = st == KEEL_OK ? keel_stage_finish(b->dev) : st;
     b->status = b->status == KEEL_OK ? st : b->status;
+    if (st != KEEL_OK) {
+        snprintf(b->result.why, sizeof b->result.why, "its weights could not be uploaded");
+    }
     return st == KEEL_OK;
 }
 
@@ -76,9 +81,7 @@ static bool linear_case(struct bed *b, enum keel_dtype type, int T, int N, int K
 {
     const size_t n_x = (size_t)T * K, n_y = (size_t)T * N;
     struct weights w;
-    bed_begin(b, (uint64_t)T * 7919 + (uint64_t)N * 31 + type);
-    if (!draw_weights(b, &w, type, (uint32_t)N, (uint32_t)K)) {
-        snprintf(b->result.why, sizeof b->result.why, "its weights could not be uploaded");
+    if (!begin_product(b, &w, type, T, N, K)) {
         return false;
     }
     const double *x = bed_draw(b, n_x, 1, fill), *init = add ? bed_draw(b, n_y, 1, BED_NORMAL) : NULL;
@@ -94,9 +97,7 @@ static bool linear_bwd_case(struct bed *b, enum keel_dtype type, int T, int N, i
 {
     const size_t n_x = (size_t)T * K, n_y = (size_t)T * N;
     struct weights w;
-    bed_begin(b, (uint64_t)T * 7919 + (uint64_t)N * 31 + type);
-    if (!draw_weights(b, &w, type, (uint32_t)N, (uint32_t)K)) {
-        snprintf(b->result.why, sizeof b->result.why, "its weights could not be uploaded");
+    if (!begin_product(b, &w, type, T, N, K)) {
         return false;
     }
     const double *dy = bed_draw(b, n_y, 1, fill), *init = add ? bed_draw(b, n_x, 1, BED_NORMAL) : NULL;

@@ -2,11 +2,10 @@
 // study/watch.c: a training that is watched: done in parts of some steps, with a small evaluation after each, until a limit is
 // reached or the steps are done. State on disk makes the parts one training, so that it may be stopped anywhere.
 #include "measure.h"
-#include "platform.h"
+#include "probes.h"
 #include "run.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #define WATCH_FILE "train/watch.jsonl"
@@ -43,22 +42,9 @@ static const json_t *find_line(const json_t *lines, uint64_t step)
 
 static keel_status save_lines(const struct study_folder *folder, const json_t *lines, const keel_log *log)
 {
-    keel_status st = KEEL_OK;
     char path[4200];
-    size_t i;
-    const json_t *line;
-    struct keel_file_out out = { 0 };
     keel_study_path(path, folder->path, WATCH_FILE);
-    KEEL_TRY(keel_file_create(&out, path, log));
-    json_array_foreach(lines, i, line)
-    {
-        json_dumpf(line, out.f, JSON_COMPACT | JSON_REAL_PRECISION(9)); // a failed write shows at commit
-        fputc('\n', out.f);
-    }
-    KEEL_TRY(keel_file_commit(&out, log));
-out:
-    keel_file_abort(&out);
-    return st;
+    return keel_probes_write(lines, path, log);
 }
 
 // Adds the line of a step, measured in `state`.
