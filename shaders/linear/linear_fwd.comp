@@ -133,21 +133,18 @@ void main()
         }
     }
     if (LORA && slice == 0) {
+        uint b_row[TILES], h_row[TILES];
         [[unroll]] for (uint a = 0; a < TILES; a++) {
-            const uint b_row = PART(part[a], b) + min(n[a], PART(part[a], n) - 1u) * pc.rank;
-            const uint h_row = PART(part[a], h);
-            float low[TOKENS];
-            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-                low[t] = 0.0;
-            }
-            for (uint c = 0; c < pc.rank; c++) {
-                const float bv = b[b_row + c];
+            b_row[a] = PART(part[a], b) + min(n[a], PART(part[a], n) - 1u) * pc.rank;
+            h_row[a] = PART(part[a], h);
+        }
+        // The tiles inside the loop over the rank: Mesa unrolls no loop that holds a loop, and acc with a variable index is memory.
+        for (uint c = 0; c < pc.rank; c++) {
+            [[unroll]] for (uint a = 0; a < TILES; a++) {
+                const float bv = PART(part[a], scale) * b[b_row[a] + c];
                 [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-                    low[t] += h[h_row + min(t0 + t, pc.n_tokens - 1u) * pc.rank + c] * bv;
+                    acc[a * TOKENS + t] += bv * h[h_row[a] + min(t0 + t, pc.n_tokens - 1u) * pc.rank + c];
                 }
-            }
-            [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-                acc[a * TOKENS + t] += PART(part[a], scale) * low[t];
             }
         }
     }
