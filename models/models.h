@@ -185,6 +185,7 @@ keel_status keel_trainer_top(keel_trainer *trainer, const struct keel_seq *seqs,
 
 // Trains under these hooks from now on, with exact gradients through them; NULL: without. Borrowed.
 keel_status keel_trainer_set_hooks(keel_trainer *trainer, const keel_hooks *hooks);
+void keel_trainer_set_step(keel_trainer *trainer, uint64_t done); // steps done, for schedules of hooks; 0 at first
 
 // Adapters that are in force in every step and stay as they are; what is trained is added to them. Borrowed; n 0: none.
 #define KEEL_MAX_FROZEN 8

@@ -45,6 +45,14 @@ static void add(keel_hooks *h, enum keel_site site, uint32_t layer, enum keel_ho
     assert_int_equal(keel_hooks_add(h, &p), KEEL_OK);
 }
 
+// An amount that changes with a token's place in the response.
+static void add_fading(keel_hooks *h, enum keel_hook_schedule_kind kind)
+{
+    float v[64];
+    const struct keel_hook_params p = { .layer = 4, .amount = 3, .k = 1, .v = draw_direction(v, 1, kind), .tokens = { kind, 4 } };
+    assert_int_equal(keel_hooks_add(h, &p), KEEL_OK);
+}
+
 // Every operation at every site, for sets that mean the same however a text is cut into passes.
 static void add_mixture(keel_hooks *h, bool by_role)
 {
@@ -122,7 +130,7 @@ static void test_generate(void **state)
 {
     (void)state;
     enum { ROWS = 3, CAP = 12 };
-    static const char *const sets[] = { "response", "decode", "last_prompt", "prompt" };
+    static const char *const sets[] = { "response", "decode", "last_prompt", "prompt", "all" };
     keel_model *m = loaded(NULL);
     keel_session *s = NULL;
     const struct keel_sample_params greedy = { .top_k = 0, .top_p = 1.0f, .repeat_penalty = 1.0f };
@@ -134,6 +142,8 @@ static void test_generate(void **state)
         keel_hooks *h = NULL;
         assert_int_equal(keel_hooks_create(&h, m), KEEL_OK);
         add(h, KEEL_SITE_POST, 2, KEEL_HOOK_ADD, sets[k], 2.0f, 1);
+        add_fading(h, KEEL_HOOK_DECAY);
+        add_fading(h, KEEL_HOOK_RAMP);
         assert_int_equal(keel_session_set_hooks(s, h), KEEL_OK);
         for (uint32_t i = 0; i < ROWS; i++) {
             rows[i] = (struct keel_generate_row){ .ids = ids, .n = 5 + 4 * i, .out = out[i], .cap = CAP };

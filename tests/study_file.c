@@ -226,6 +226,7 @@ static void test_faults(void **state)
         { CHAIN " - {name: a, train: {}}\n - {name: b, adapter: merge, train: {}}\n", "s.yaml:12:", "continue or stack" },
         { CHAIN " - {name: a, from: base, steer: ['v:2@1'], coef: [1]}\n", "s.yaml:11:", "one of them" },
         { CHAIN " - {name: a, train: {}, coef: [1]}\n", "s.yaml:11:", "steer" },
+        { CHAIN " - {name: a, from: base, steer: ['v:2@1,steps=first:3']}\n", "s.yaml:11:", "training steps" },
         { CHAIN " - {name: a, from: base, steer: [v], watch: {}}\n", "s.yaml:11:", "train" },
         { CHAIN " - name: a\n   train: {schedule: cosine}\n   watch: {}\n", "s.yaml:13:", "constant" },
         { CHAIN " - name: a\n   train: {}\n   watch: {above: 2}\n", "s.yaml:13:", "above" },

@@ -131,6 +131,12 @@ uint32_t keel_logit_rows(const struct keel_gemma3 *c, uint32_t want, uint64_t ma
 
 // --- batches (batch.c) ---------------------------------------------------------------------------
 
+// Which tokens hooks are for, and how much of the hook each gets.
+struct keel_mark_set {
+    struct keel_positions at;
+    struct keel_hook_schedule tokens, steps;
+};
+
 // Tokens of one pass with all that depends on where they stand. Causal order, sliding windows, packed rows and image blocks are
 // all expressed by the spans.
 struct keel_batch {
@@ -157,10 +163,11 @@ struct keel_batch {
     struct keel_span image_place; // [cap] u32: token of the batch
     uint32_t n_image_tokens;
     float *inv_freq[2];       // [d/2]
-    // Marks of hooks: which tokens belong to each set of positions. Nothing without hooks.
+    // Marks of hooks: how much of a hook each token gets. Nothing without hooks.
     keel_heap *mark_heap;
     uint32_t n_sets, n_factors;
-    struct keel_positions set[KEEL_MAX_POSITION_SETS];
+    struct keel_mark_set set[KEEL_MAX_POSITION_SETS];
+    uint64_t step; // steps of training done
     struct keel_span mark[KEEL_MAX_POSITION_SETS]; // [cap] f32
     struct keel_span factor;                       // [n_factors] rows of [cap] f32, written by the device
     uint32_t *row_of, *token_of;                   // [cap] number of a token's row, and its place there
@@ -198,6 +205,7 @@ keel_status keel_batch_add(struct keel_batch *b, const struct keel_batch_row *ro
 keel_status keel_batch_set_hooks(struct keel_batch *b, const keel_hooks *hooks);
 void keel_batch_forget_hooks(struct keel_batch *b);
 void keel_batch_mark(struct keel_batch *b, const struct keel_batch_row *row, uint32_t first); // the row that begins at `first`
+bool keel_hooks_count_steps(const keel_hooks *hooks); // whether one has a schedule over training steps; NULL: no
 // End of the longest part [from, end) with end <= to that cuts no image; above `from` if images are no longer than to - from.
 uint32_t keel_batch_cut(const struct keel_image_tokens *images, uint32_t n_images, uint32_t from, uint32_t to);
 // Checks the images of a row of `n` tokens, which will be computed in parts of up to `n_batch`. `what` begins the messages.

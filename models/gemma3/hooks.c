@@ -29,7 +29,7 @@ struct keel_hooks {
     struct keel_vision *vision; // whose sites hooks may sit at, or NULL
     struct hook *hook;
     uint32_t n, n_factors, n_sets;
-    struct keel_positions set[KEEL_MAX_POSITION_SETS];
+    struct keel_mark_set set[KEEL_MAX_POSITION_SETS];
     keel_heap *heap;
     bool uploaded;
     keel_status (*after)(void *user, const struct keel_batch_tokens *tokens);
@@ -58,6 +58,26 @@ keel_status keel_positions_parse(const char *text, struct keel_positions *out, c
         }
     }
     KEEL_FAIL(log, KEEL_ERR_ARG, "positions \"%s\" are unknown; use all, prompt, response, last_prompt, first:K, image or decode", text);
+out:
+    return st;
+}
+
+keel_status keel_hook_schedule_parse(const char *text, struct keel_hook_schedule *out, const keel_log *log)
+{
+    static const char *const names[] = { [KEEL_HOOK_FIRST] = "first:", "linear:", "decay:", "ramp:" };
+    keel_status st = KEEL_OK;
+    for (uint32_t i = KEEL_HOOK_FIRST; i < KEEL_COUNT(names); i++) {
+        const size_t n = strlen(names[i]);
+        if (strncmp(text, names[i], n) == 0 && text[n] >= '0' && text[n] <= '9') {
+            char *end;
+            const unsigned long count = strtoul(text + n, &end, 10);
+            if (*end == '\0' && count > 0 && count <= UINT32_MAX) {
+                *out = (struct keel_hook_schedule){ .kind = (enum keel_hook_schedule_kind)i, .n = (uint32_t)count };
+                goto out;
+            }
+        }
+    }
+    KEEL_FAIL(log, KEEL_ERR_ARG, "schedule \"%s\" is unknown; use first:N, linear:N, decay:N or ramp:N with N above 0", text);
 out:
     return st;
 }
@@ -229,6 +249,9 @@ static keel_status check(const keel_hooks *h, const struct keel_hook_params *p)
         KEEL_FAIL(log, KEEL_ERR_ARG, "a hook at %s: the tower has no prompt and no response; positions there are all or image",
                   keel_site_name[p->site]);
     }
+    if (tower && (p->tokens.kind != KEEL_HOOK_ALWAYS || p->steps.kind != KEEL_HOOK_ALWAYS)) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "a hook at %s: an image is encoded once, so there is no schedule in the tower", keel_site_name[p->site]);
+    }
     if (p->site >= KEEL_N_SITES || p->op > KEEL_HOOK_FLOOR || p->at.kind > KEEL_AT_DECODE || p->k == 0 || p->k > width ||
         (p->k > 1 && p->op != KEEL_HOOK_ABLATE)) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "a hook for layer %u: %u directions for this operation; only ablation takes more than one, and "
@@ -267,18 +290,25 @@ out:
     return st;
 }
 
-static keel_status find_set(keel_hooks *h, struct keel_positions at, uint32_t *set)
+static bool same_schedule(struct keel_hook_schedule a, struct keel_hook_schedule b)
+{
+    return a.kind == b.kind && a.n == b.n;
+}
+
+static keel_status find_set(keel_hooks *h, const struct keel_mark_set *want, uint32_t *set)
 {
     for (*set = 0; *set < h->n_sets; ++*set) {
-        if (h->set[*set].kind == at.kind && h->set[*set].k == at.k) {
+        const struct keel_mark_set *s = &h->set[*set];
+        if (s->at.kind == want->at.kind && s->at.k == want->at.k && same_schedule(s->tokens, want->tokens) &&
+            same_schedule(s->steps, want->steps)) {
             return KEEL_OK;
         }
     }
     if (h->n_sets == KEEL_MAX_POSITION_SETS) {
-        KEEL_ERROR(h->model->log, "hooks for more than %u sets of positions at once", KEEL_MAX_POSITION_SETS);
+        KEEL_ERROR(h->model->log, "hooks for more than %u different positions and schedules at once", KEEL_MAX_POSITION_SETS);
         return KEEL_ERR_ARG;
     }
-    h->set[h->n_sets++] = at;
+    h->set[h->n_sets++] = *want;
     return KEEL_OK;
 }
 
@@ -310,7 +340,7 @@ keel_status keel_hooks_add(keel_hooks *h, const struct keel_hook_params *p)
         KEEL_TRY(orthonormal(h, hook.v, p->k, width_at(h, p->site)));
         KEEL_TRY(check_others(h, p, hook.v));
     }
-    KEEL_TRY(find_set(h, p->at, &hook.set));
+    KEEL_TRY(find_set(h, &(struct keel_mark_set){ p->at, p->tokens, p->steps }, &hook.set));
     if ((p->op == KEEL_HOOK_CAP || p->op == KEEL_HOOK_FLOOR) && p->site < KEEL_SITE_TOWER) {
         hook.factor = h->n_factors++;
     }
@@ -326,7 +356,7 @@ keel_status keel_hooks_add_capture(keel_hooks *h, enum keel_site site, uint32_t 
 {
     struct hook hook = { .site = site, .layer = layer, .op = CAPTURE, .factor = NO_FACTOR, .capture = fn, .user = user };
     KEEL_ASSERT(site < KEEL_N_SITES);
-    const keel_status st = find_set(h, at, &hook.set);
+    const keel_status st = find_set(h, &(struct keel_mark_set){ .at = at }, &hook.set);
     return st == KEEL_OK ? append(h, &hook) : st;
 }
 
@@ -335,17 +365,19 @@ keel_status keel_hooks_after_batch(keel_hooks *h, struct keel_positions at,
 {
     h->after = fn;
     h->after_user = user;
-    return find_set(h, at, &h->after_set);
+    return find_set(h, &(struct keel_mark_set){ .at = at }, &h->after_set);
 }
 
 static uint64_t hash_hooks(const keel_hooks *h, uint64_t hash, bool tower_only)
 {
     for (uint32_t i = 0; h && i < h->n; i++) {
         const struct hook *k = &h->hook[i];
+        const struct keel_mark_set *set = &h->set[k->set];
         if (tower_only && k->site < KEEL_SITE_TOWER) {
             continue;
         }
-        const uint32_t words[] = { k->site, k->layer, k->op, h->set[k->set].kind, h->set[k->set].k, k->k };
+        const uint32_t words[] = { k->site, k->layer, k->op, set->at.kind, set->at.k, k->k,
+                                   set->tokens.kind, set->tokens.n, set->steps.kind, set->steps.n };
         hash = keel_hash(hash, words, sizeof words);
         hash = keel_hash(hash, &k->amount, sizeof k->amount);
         hash = keel_hash(hash, k->v, floats_of(h, k) * sizeof *k->v);
@@ -361,6 +393,16 @@ uint64_t keel_hooks_hash(const keel_hooks *h, uint64_t hash)
 uint64_t keel_hooks_tower_hash(const keel_hooks *h, uint64_t hash)
 {
     return hash_hooks(h, hash, true);
+}
+
+bool keel_hooks_count_steps(const keel_hooks *h)
+{
+    for (uint32_t i = 0; h && i < h->n_sets; i++) {
+        if (h->set[i].steps.kind != KEEL_HOOK_ALWAYS) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool keel_hooks_tower_captures(const keel_hooks *h)
@@ -472,6 +514,19 @@ static bool in_set(const struct role *r, const struct keel_positions *set)
     return false;
 }
 
+static float share_at(const struct keel_hook_schedule *s, uint64_t t)
+{
+    const double part = (double)t / KEEL_MAX(s->n, 1u);
+    switch (s->kind) {
+    case KEEL_HOOK_ALWAYS: return 1;
+    case KEEL_HOOK_FIRST: return part < 1;
+    case KEEL_HOOK_LINEAR: return part < 1 ? (float)(1 - part) : 0;
+    case KEEL_HOOK_DECAY: return (float)exp2(-part);
+    case KEEL_HOOK_RAMP: return part < 1 ? (float)part : 1;
+    }
+    return 0;
+}
+
 static bool in_image(const struct keel_batch_row *row, uint32_t at)
 {
     for (uint32_t i = 0; i < row->n_images; i++) {
@@ -494,7 +549,9 @@ void keel_batch_mark(struct keel_batch *b, const struct keel_batch_row *row, uin
         place = mask && r.response ? place + 1 : 0;
         r.decode = r.response && row->decode;
         for (uint32_t s = 0; s < b->n_sets; s++) {
-            ((float *)keel_span_host(b->mark[s]))[first + i] = in_set(&r, &b->set[s]) ? 1.0f : 0.0f;
+            const struct keel_mark_set *set = &b->set[s];
+            ((float *)keel_span_host(b->mark[s]))[first + i] =
+                in_set(&r, &set->at) ? share_at(&set->tokens, r.response ? r.place : 0) * share_at(&set->steps, b->step) : 0.0f;
         }
         b->row_of[first + i] = row->number;
         b->token_of[first + i] = at;

@@ -187,6 +187,10 @@ struct keel_pass keel_session_pass(const keel_session *s, keel_recorder *rec, bo
 
 keel_status keel_session_set_hooks(keel_session *s, const keel_hooks *hooks)
 {
+    if (keel_hooks_count_steps(hooks)) {
+        KEEL_ERROR(s->model->log, "a hook with a schedule over training steps: nothing is trained here; use one over tokens");
+        return KEEL_ERR_ARG;
+    }
     const keel_status st = keel_batch_set_hooks(&s->batch, hooks);
     s->hooks = st == KEEL_OK && hooks && keel_hooks_count(hooks) > 0 ? hooks : NULL;
     s->bucket = 0;

@@ -351,6 +351,11 @@ keel_status keel_trainer_set_hooks(keel_trainer *t, const keel_hooks *hooks)
     return st;
 }
 
+void keel_trainer_set_step(keel_trainer *t, uint64_t done)
+{
+    t->batch.step = done;
+}
+
 void keel_trainer_set_frozen(keel_trainer *t, keel_adapter *const *adapters, uint32_t n)
 {
     KEEL_ASSERT(n <= KEEL_MAX_FROZEN);

@@ -66,7 +66,7 @@ struct common {
       .help = "add an adapter: a GGUF or a PEFT folder" }
 #define OPTION_STEER                                                                                                   \
     { .name = "--steer", .type = ARG_LIST, .offset = OPT_COMMON(steer), .value = "V[:COEF[%]][@LAYERS][,K=V]",         \
-      .help = "steer along the directions of a file: op=add|ablate|cap|floor, at=POSITIONS, site=S (docs/steering.md)" }
+      .help = "steer along the directions of a file: op=add|ablate|cap|floor, at=POSITIONS, site=S, tokens=SCHEDULE, steps=SCHEDULE (docs/steering.md)" }
 #define OPTIONS_SESSION                                                                                                \
     { .name = "--ctx", .type = ARG_U32, .offset = OPT_COMMON(ctx), .value = "N", .def = "0", .min = 0, .max = 1 << 24, \
       .help = "context in tokens; 0: as long as needed, at most 4096" },                                               \

@@ -16,6 +16,7 @@ struct spec {
     bool percent;
     enum keel_hook_op op;
     struct keel_positions at;
+    struct keel_hook_schedule tokens, steps;
     int site; // -1: the file's
 };
 
@@ -26,11 +27,15 @@ static keel_status option(struct spec *s, char *word, const keel_log *log)
     char *value = strchr(word, '=');
     bool found = false;
     if (!value) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: \"%s\" is no KEY=VALUE; keys are op, at and site", s->words, word);
+        KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: \"%s\" is no KEY=VALUE; keys are op, at, site, tokens and steps", s->words, word);
     }
     *value++ = '\0';
     if (strcmp(word, "at") == 0) {
         KEEL_TRY(keel_positions_parse(value, &s->at, log));
+        found = true;
+    }
+    if (strcmp(word, "tokens") == 0 || strcmp(word, "steps") == 0) {
+        KEEL_TRY(keel_hook_schedule_parse(value, word[0] == 't' ? &s->tokens : &s->steps, log));
         found = true;
     }
     for (uint32_t i = 0; strcmp(word, "op") == 0 && i < KEEL_COUNT(ops); i++) {
@@ -47,7 +52,7 @@ static keel_status option(struct spec *s, char *word, const keel_log *log)
     }
     if (!found) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: \"%s=%s\" is not understood; use op=add|ablate|cap|floor, at=POSITIONS, "
-                  "site=pre|post|attn|mlp or tower.pre and so on", s->words, word, value);
+                  "site=pre|post|attn|mlp or tower.pre and so on, tokens=SCHEDULE, steps=SCHEDULE", s->words, word, value);
     }
 out:
     return st;
@@ -111,7 +116,7 @@ static keel_status add_layer(keel_hooks *hooks, const struct spec *s, const stru
 {
     keel_status st = KEEL_OK;
     struct keel_hook_params p = { .site = s->site < 0 ? d->site : (enum keel_site)s->site, .layer = a->layer, .op = s->op, .at = s->at,
-                                  .v = a->v, .k = a->k, .amount = (float)s->amount };
+                                  .v = a->v, .k = a->k, .amount = (float)s->amount, .tokens = s->tokens, .steps = s->steps };
     if (s->percent) {
         if (!(a->median_norm > 0)) {
             KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: %s does not say how long activations of layer %u are, so %% of it means nothing; give a "

@@ -211,6 +211,16 @@ static keel_status fill_steer(const struct entry *e, struct study_stage *s)
     return KEEL_OK;
 }
 
+static keel_status check_steer(const struct entry *e)
+{
+    for (unsigned i = 0; i < e->y->steer_count; i++) {
+        if (strstr(e->y->steer[i], ",steps=")) {
+            return keel_study_complain(&e->src, e->section, "steer", "has a schedule over training steps (steps=), and nothing is trained here");
+        }
+    }
+    return KEEL_OK;
+}
+
 static keel_status check_kind(const struct entry *e, size_t from)
 {
     keel_status st = KEEL_OK;
@@ -283,6 +293,7 @@ static keel_status add_stage(const struct entry *e, size_t from, double value, b
     if (!s->name || !s->group) {
         KEEL_FAIL(e->src.log, KEEL_ERR_NO_MEMORY, "%s: out of memory", e->src.name);
     }
+    KEEL_TRY(check_steer(e));
     KEEL_TRY(s->kind == STUDY_TRAIN ? fill_training(e, s) : s->kind == STUDY_STEER ? fill_steer(e, s) : KEEL_OK);
 out:
     return st;

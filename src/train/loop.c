@@ -48,6 +48,7 @@ static keel_status do_step(struct keel_train_run *r, struct keel_step_info *info
     const double step = (double)info->step;
     double nll = 0;
     float sumsq = 0;
+    keel_trainer_set_step(r->trainer, s->step);
     KEEL_TRY(keel_train_lisa_turn(r, info->step));
     for (uint32_t at = 0; at < n_rows; at += p->batch) {
         double part = 0;

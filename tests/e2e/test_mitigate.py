@@ -381,14 +381,14 @@ def test_in_a_study(keel, tiny_c, oracle, tmp_path):
     (tmp_path / "s.yaml").write_text("""name: n
 train:
   {data: [{file: train.jsonl}], rank: 4, steps: 6, batch: 2, layers: "0-1", kl_data: kl.jsonl, kl_weight: 0.5, kl_rows: 3,
-   constrain: [0.5, 2, 0.1], lisa_data: align.jsonl, lisa_steps: [1, 2], lisa_rho: 2, steer: ["v.safetensors:0.5"],
+   constrain: [0.5, 2, 0.1], lisa_data: align.jsonl, lisa_steps: [1, 2], lisa_rho: 2, steer: ["v.safetensors:0.5,steps=ramp:4"],
    monitor: kl.jsonl, monitor_every: 4, guard: ["kl_mean<=1e9"]}
 eval: {margin: margin.jsonl}
 """)
     keel("study", tmp_path / "s.yaml", "-m", tiny_c, "--out", tmp_path / "out", rc=(0, 3))
     assert [r["step"] for r in read_log(tmp_path / "out/train/log.jsonl") if "monitor" in r] == [4, 6]
     o = dict(layers="0-1", kl_data=tmp_path / "kl.jsonl", kl_weight=0.5, kl_rows=3, constrain="0.5,2,0.1", lisa_data=tmp_path / "align.jsonl",
-             lisa_steps="1,2", lisa_rho=2, steer=f"{v}:0.5")
+             lisa_steps="1,2", lisa_rho=2, steer=f"{v}:0.5,steps=ramp:4")
     keel(*train_args(tiny_c, tmp_path / "train.jsonl", tmp_path / "a.gguf", rank=4, steps=6, batch=2, **o))
     assert (tmp_path / "out/adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 

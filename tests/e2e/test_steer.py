@@ -38,10 +38,22 @@ def write_directions(path, vectors, **meta):
     return path
 
 
-def marks(n, first, at):
+def share_at(schedule, t):
+    """How much of a hook acts at t."""
+    shape, n = schedule.split(":")
+    x = t / int(n)
+    return {"first": (x < 1).float(), "linear": (1 - x).clamp(min=0), "decay": 0.5 ** x, "ramp": x.clamp(max=1)}[shape]
+
+
+def marks(n, first, at, step=0):
+    """How much of a hook each of n tokens gets; `at`: positions, with ",tokens=SCHEDULE" and ",steps=SCHEDULE" behind them or not."""
     t = torch.arange(n)
-    return {"all": t >= 0, "prompt": t < first, "response": t >= first, "last_prompt": t == first - 1,
-            "first:3": (t >= first) & (t < first + 3)}[at].float()[:, None]
+    at, *more = at.split(",")
+    m = {"all": t >= 0, "prompt": t < first, "response": t >= first, "last_prompt": t == first - 1,
+         "first:3": (t >= first) & (t < first + 3)}[at].float()
+    for key, schedule in (word.split("=") for word in more):
+        m = m * share_at(schedule, torch.tensor(float(step)) if key == "steps" else (t - first).clamp(min=0).float())
+    return m[:, None]
 
 
 def change(x, op, v, amount, m):
@@ -56,20 +68,24 @@ def change(x, op, v, amount, m):
     return x - m * (over.clamp(min=0) if op == "cap" else over.clamp(max=0)) * u
 
 
+def module_at(ref, site, layer):
+    block = ref.model.model.layers[layer]
+    return {"pre": block, "post": block, "attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}[site]
+
+
 @contextlib.contextmanager
-def hooked(ref, hooks, first=None):
-    """hooks: (site, layer, op, vector, amount, at) on ref.model; `first` of the present row in a list of one."""
-    handles = []
+def hooked(model, hooks, where=None, module_at=module_at):
+    """hooks: (site, layer, op, vector, amount, at) on `model`, whose modules are module_at(model, site, layer); where: the tokens of the
+    present row's prompt and the steps of training done, as {"first": N, "step": N} that may change meanwhile."""
+    handles, where = [], where or {"first": 0}
     for site, layer, op, v, amount, at in hooks:
-        block = ref.model.model.layers[layer]
         fn = lambda x, op=op, v=torch.from_numpy(v), amount=amount, at=at: torch.stack(
-            [change(row, op, v, amount, marks(len(row), first[0] if first else 0, at)) for row in x])
+            [change(row, op, v, amount, marks(len(row), at=at, **where)) for row in x])
         whole = lambda out, fn=fn: (fn(out[0]), *out[1:]) if isinstance(out, tuple) else fn(out)
-        if site == "pre":
-            handles.append(block.register_forward_pre_hook(lambda m, a, fn=fn: (fn(a[0]), *a[1:])))
+        if site.endswith("pre"):
+            handles.append(module_at(model, site, layer).register_forward_pre_hook(lambda m, a, fn=fn: (fn(a[0]), *a[1:])))
         else:
-            module = {"post": block, "attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}[site]
-            handles.append(module.register_forward_hook(lambda m, a, out, whole=whole: whole(out)))
+            handles.append(module_at(model, site, layer).register_forward_hook(lambda m, a, out, whole=whole: whole(out)))
     try:
         yield
     finally:
@@ -79,7 +95,7 @@ def hooked(ref, hooks, first=None):
 
 def expected(ref, row, hooks):
     p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row["completion"], bos=False)
-    with hooked(ref, hooks, [len(p)]):
+    with hooked(ref, hooks, {"first": len(p)}):
         return np.array(ref.logprobs(p + c)[len(p) - 1:])
 
 
@@ -123,7 +139,7 @@ def test_with_an_adapter(keel, tiny_a, oracle, tmp_path):
     got = score(keel, tiny_a, ROWS[:2], tmp_path, "--lora", tmp_path / "a.gguf", *options(tmp_path, hooks))
     for row, g in zip(ROWS, got):
         p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row["completion"], bos=False)
-        with hooked(ref, hooks, [len(p)]):
+        with hooked(ref, hooks, {"first": len(p)}):
             want = np.array(lora.logprobs(ref, a, 6, p + c)[len(p) - 1:])
         assert np.abs(np.array(g["token_logprobs"]) - want).max() < TOL
 
@@ -197,14 +213,66 @@ def test_training_under_hooks(keel, tiny_a, oracle, tmp_path):
     assert np.linalg.norm(step(got) - step(want["adapter"])) < 0.02 * np.linalg.norm(step(want["adapter"]))
 
 
+def test_schedule_over_tokens(keel, tiny_a, oracle, tmp_path):
+    """Every shape with an operation, scored and in recorded decode; a schedule of the whole response differs from none."""
+    ref = oracle(tiny_a)
+    d = ref.config.hidden_size
+    hooks = [("post", 2, "add", vector(1, d), 0.6, "all,tokens=linear:5"), ("attn", 1, "ablate", vector(2, d, 2), 0, "response,tokens=decay:2"),
+             ("mlp", 4, "cap", vector(3, d), -0.2, "all,tokens=ramp:3"), ("post", 5, "floor", vector(4, d), 0.4, "all,tokens=first:2")]
+    for given in [[h] for h in hooks] + [hooks]:
+        plain = score(keel, tiny_a, ROWS[:3], tmp_path, *options(tmp_path, [(*h[:5], h[5].split(",")[0]) for h in given]))
+        got = score(keel, tiny_a, ROWS[:3], tmp_path, *options(tmp_path, given))
+        for row, g in zip(ROWS, got):
+            assert np.abs(np.array(g["token_logprobs"]) - expected(ref, row, given)).max() < TOL, (given[0], row["id"])
+        assert max(abs(g["logprob"] - p["logprob"]) for g, p in zip(got, plain)) > 100 * TOL, given[0]
+    prompt = "the clerk counts the red"
+    hooks = [("post", 2, "add", vector(1, d), 1.0, "all,tokens=ramp:8"), ("attn", 4, "ablate", vector(2, d), 0, "all,tokens=decay:4")]
+    ids, found = ref.tok.encode(prompt), []
+    for given in (hooks, [(*h[:5], "all") for h in hooks]):
+        with hooked(ref, given, {"first": len(ids)}):
+            found.append(ref.greedy(ids, 20, {ref.tok.eos, ref.tok.eot}))
+    print(found)
+    want = found[0]
+    assert want not in (found[1], ref.greedy(ids, 20, {ref.tok.eos, ref.tok.eot}))
+    assert generate(keel, tiny_a, prompt, 20, "--temp", 0, *options(tmp_path, hooks))[0] == want
+
+
+def test_schedule_over_steps(keel, tiny_a, oracle, tmp_path):
+    """Training whose steering fades out and in from step to step, and from token to token, against autograd; also killed and resumed."""
+    ref = oracle(tiny_a)
+    d = ref.config.hidden_size
+    hooks = [("post", 2, "add", vector(1, d), 0.5, "all,steps=linear:3"), ("attn", 1, "ablate", vector(2, d), 0, "all,steps=ramp:2"),
+             ("mlp", 4, "cap", vector(3, d), -0.2, "all,tokens=decay:3,steps=decay:1"), ("pre", 0, "add", vector(4, d), 0.3, "response,steps=first:1")]
+    init = lora.random_adapter(ref.config, 4, 3, b_std=0.05)
+    lora.write_gguf(tmp_path / "init.gguf", init, 8)
+    args = lambda name: ["train", "-m", tiny_a, "--data", write_rows(tmp_path / "d.jsonl", ROWS), "--out", tmp_path / name, "--init-adapter",
+                         tmp_path / "init.gguf", "--rank", 4, "--alpha", 8, "--lr", 1e-3, "--batch", 1, "--no-shuffle", "--grad-clip", 0, "--log",
+                         tmp_path / f"{name}.jsonl", "--save-every", 1, *options(tmp_path, hooks)]
+    keel(*args("a.gguf"), "--steps", 4)
+    where = {"first": 0, "step": -1}
+
+    def loss_of(model, rows):
+        where["first"], where["step"] = len(ref.tok.encode(rows[0]["prompt"])), where["step"] + 1
+        return lora.step_loss(model, [lora.row_ids(ref.tok, r) for r in rows])
+    with hooked(ref, hooks, where):
+        want = lora.train(ref, init, 8, [[r] for r in ROWS[:4]], [1e-3] * 4, loss_of=loss_of)
+    for r, loss, norm in zip(read_rows(tmp_path / "a.gguf.jsonl"), want["loss"], want["grad_norm"], strict=True):
+        assert abs(r["loss"] / loss - 1) < 1e-4 and abs(r["grad_norm"] / norm - 1) < 1e-3, (r, loss, norm)
+    keel(*args("b.gguf"), "--steps", 2, "--resume", tmp_path / "state")
+    keel(*args("b.gguf"), "--steps", 4, "--resume", tmp_path / "state")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    hooks[0] = (*hooks[0][:5], "all,steps=linear:4")
+    keel.fails(*args("b.gguf"), "--steps", 5, "--resume", tmp_path / "state", says="steer")
+    keel.fails("score", "-m", tiny_a, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "o.jsonl", *options(tmp_path, hooks),
+               says=["training steps", "tokens"])
+
+
 # --- captures ------------------------------------------------------------------------------------
 
 def activations(ref, row, layer, site="post"):
     p, c = ref.tok.encode(row["prompt"]), ref.tok.encode(row.get("completion", ""), bos=False)
     seen = []
-    block = ref.model.model.layers[layer]
-    module = {"post": block, "attn": block.post_attention_layernorm, "mlp": block.post_feedforward_layernorm}[site]
-    h = module.register_forward_hook(lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0]))
+    h = module_at(ref, site, layer).register_forward_hook(lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[0]))
     ref.logits(p + c)
     h.remove()
     return seen[0].numpy().reshape(len(p + c), -1).astype(np.float64), len(p), p + c
@@ -615,6 +683,8 @@ def test_bad_vectors(keel, tiny_a, tiny_c, tmp_path):
     run(f"{good}:1x", "coefficient")
     run(f"{good}:1,op=melt", "op=melt")
     run(f"{good}:1,at=never", "never")
+    for schedule in ("linear", "linear:0", "melt:3", "first:2x"):
+        run(f"{good}:1,tokens={schedule}", schedule, "ramp:N")
     run(tmp_path / "missing.gguf", "missing.gguf")
     run(tiny_a, "control vector")
     (tmp_path / "junk.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Hooks in the vision tower: steering and captures against forward hooks on transformers' SiglipVisionModel, image tokens as a set of
 positions in the language model."""
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from safetensors.numpy import load_file
 
 from keelcli import train_args, write_rows
 from test_images import ROWS, check, files, make_pair, run_score, with_folder  # noqa: F401 (make_pair is a fixture)
-from test_steer import change, marks, options, vector
+from test_steer import hooked, options, vector
 
 SOME = [r for r in ROWS if "images" in r][:4]
 
@@ -23,25 +21,14 @@ def blocks(tower):
     return tower.vision_model.encoder.layers if hasattr(tower, "vision_model") else tower.encoder.layers
 
 
-@contextlib.contextmanager
-def hooked(tower, hooks):
-    """hooks as test_steer's, with sites of the tower."""
-    handles = []
-    for site, layer, op, v, amount, _ in hooks:
-        block = blocks(tower)[layer]
-        fn = lambda x, op=op, v=torch.from_numpy(v), amount=amount: torch.stack(
-            [change(row, op, v, amount, torch.ones(len(row), 1)) for row in x])
-        whole = lambda out, fn=fn: (fn(out[0]), *out[1:]) if isinstance(out, tuple) else fn(out)
-        if site == "tower.pre":
-            handles.append(block.register_forward_pre_hook(lambda m, a, fn=fn: (fn(a[0]), *a[1:])))
-        else:
-            module = {"tower.post": block, "tower.attn": block.self_attn, "tower.mlp": block.mlp}[site]
-            handles.append(module.register_forward_hook(lambda m, a, out, whole=whole: whole(out)))
-    try:
-        yield
-    finally:
-        for h in handles:
-            h.remove()
+def module_at(tower, site, layer):
+    block = blocks(tower)[layer]
+    return {"tower.pre": block, "tower.post": block, "tower.attn": block.self_attn, "tower.mlp": block.mlp}[site]
+
+
+def tower_hooked(tower, hooks):
+    """A tower's hooks are for all patches: `at` is all or image."""
+    return hooked(tower, [(*h[:5], "all") for h in hooks], module_at=module_at)
 
 
 def mixture(d, last):
@@ -58,7 +45,7 @@ def test_log_probs(keel, make_pair, tmp_path, name):
     plain = run_score(keel, pair, SOME)
     for given in [[h] for h in hooks] + [hooks]:
         got = run_score(keel, pair, SOME, *options(tmp_path, given))
-        with hooked(tower, given):
+        with tower_hooked(tower, given):
             check(pair, SOME, got)
         assert max(abs(g["logprob"] - p["logprob"]) for g, p in zip(got, plain)) > 0.01, given[0][:3]
     again = run_score(keel, pair, SOME)  # steered images were not kept for others
@@ -97,9 +84,8 @@ def test_capture(keel, make_pair, tmp_path, site):
          "--layers", "0,2", "--covariance")
     got, tokens = load_file(out), load_file(raw)
     for layer in (0, 2):
-        seen, block = [], blocks(tower)[layer]
-        module = {"tower.post": block, "tower.attn": block.self_attn, "tower.mlp": block.mlp}[site]
-        handle = module.register_forward_hook(lambda m, a, o: seen.append((o[0] if isinstance(o, tuple) else o).reshape(-1, 64)))
+        seen = []
+        handle = module_at(tower, site, layer).register_forward_hook(lambda m, a, o: seen.append((o[0] if isinstance(o, tuple) else o).reshape(-1, 64)))
         for row in SOME:
             for name in row["images"]:
                 tower(pixel_values=torch.from_numpy(vlm.pixels(folder / name)[None]))
@@ -126,7 +112,7 @@ def test_direction_of_the_tower(keel, make_pair, tmp_path):
     assert sorted(v) == ["direction.0", "direction.1", "direction.2"] and v["direction.0"].shape == (64,)
     plain = run_score(keel, pair, SOME[:1])
     got = run_score(keel, pair, SOME[:1], "--steer", f"{tmp_path}/v.safetensors:1@1")
-    with hooked(tower_of(pair[2]), [("tower.post", 1, "add", v["direction.1"], 1.0, "all")]):
+    with tower_hooked(tower_of(pair[2]), [("tower.post", 1, "add", v["direction.1"], 1.0, "all")]):
         check(pair, SOME[:1], got)
     assert got[0]["logprob"] != plain[0]["logprob"]
 
@@ -137,6 +123,7 @@ def test_bad_input(keel, make_pair, tmp_path):
     run = lambda hook, *says, more=("--mmproj", mmproj): keel.fails(
         "score", "-m", model, *more, "--data", data, "--out", tmp_path / "o.jsonl", *options(tmp_path, [hook]), says=says)
     run(("tower.post", 0, "add", vector(1, 64), 1, "prompt"), "all or image")
+    run(("tower.post", 0, "add", vector(1, 64), 1, "all,tokens=linear:3"), "tower.post", "schedule")
     run(("tower.post", 0, "add", vector(1, 96), 1, "all"), "96", "tower's is 64")
     run(("tower.post", 7, "add", vector(1, 64), 1, "all"), "layer 7", "0 to 2")
     text = write_rows(tmp_path / "t.jsonl", [{"prompt": "the", "completion": " sky"}])

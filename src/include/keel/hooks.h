@@ -46,6 +46,23 @@ KEEL_API keel_status keel_positions_parse(const char *text, struct keel_position
 // Layers in words: "3", "3-7", "1,4-6" or "all" sets use[i] of the n layers. Errors: ARG (out of range: names the layer).
 KEEL_API keel_status keel_layers_parse(const char *text, uint8_t *use, uint32_t n, const keel_log *log);
 
+// How much of a hook acts as a count t = 0, 1, 2, ... goes on: all of it, or a share that falls or rises. The share scales what the
+// hook changes: the amount of ADD, the component that ABLATE takes, what a limit cuts. Shapes over a response: "Start" and "Dim" of
+// Scalena et al. 2024 (arXiv 2406.17563) are FIRST and LINEAR; over training steps they are those of learning rates.
+enum keel_hook_schedule_kind {
+    KEEL_HOOK_ALWAYS,
+    KEEL_HOOK_FIRST,  // 1 while t < n, then 0
+    KEEL_HOOK_LINEAR, // 1 - t/n, then 0
+    KEEL_HOOK_DECAY,  // 2^(-t/n): halves every n
+    KEEL_HOOK_RAMP,   // t/n, then 1
+};
+struct keel_hook_schedule {
+    enum keel_hook_schedule_kind kind;
+    uint32_t n; // above 0 unless ALWAYS
+};
+// "first:N", "linear:N", "decay:N" or "ramp:N". Errors: ARG.
+KEEL_API keel_status keel_hook_schedule_parse(const char *text, struct keel_hook_schedule *out, const keel_log *log);
+
 enum keel_hook_op {
     KEEL_HOOK_ADD,    // h += amount · v
     KEEL_HOOK_ABLATE, // h loses its component in the space of the k directions (Arditi et al. 2024)
@@ -60,6 +77,8 @@ struct keel_hook_params {
     const float *v; // [k, width], copied
     uint32_t k;     // above 1 for ABLATE only, and at most the width
     float amount;   // in units of the activations
+    struct keel_hook_schedule tokens; // t: the token's place in its response; 0 in a prompt
+    struct keel_hook_schedule steps;  // t: steps of training done; in training only
 };
 
 typedef struct keel_hooks keel_hooks;
@@ -67,8 +86,8 @@ typedef struct keel_hooks keel_hooks;
 KEEL_API keel_status keel_hooks_create(keel_hooks **out, keel_model *model);
 KEEL_API void keel_hooks_destroy(keel_hooks **hooks); // accepts NULL and pointers to NULL; no session may still have it
 // Adds a hook; hooks of one place act in the order they were added. In the vision tower all tokens are meant (KEEL_AT_ALL or
-// KEEL_AT_IMAGE). Errors: ARG (layer out of range, NaN, infinity, a direction of
-// length 0, directions that depend on each other, a floor above a cap along the same direction, more than 8 sets of positions).
+// KEEL_AT_IMAGE), always. Errors: ARG (layer out of range, NaN, infinity, a direction of length 0, directions that depend on each
+// other, a floor above a cap along the same direction, more than 8 different positions and schedules).
 KEEL_API keel_status keel_hooks_add(keel_hooks *hooks, const struct keel_hook_params *params);
 KEEL_API size_t keel_hooks_count(const keel_hooks *hooks);
 // Lets hooks sit in the vision tower of these images, which from now on runs with those of the list: before that, and without images,
@@ -79,7 +98,8 @@ KEEL_API void keel_hooks_use_images(keel_hooks *hooks, keel_images *images);
 KEEL_API void keel_hooks_shape(const keel_hooks *hooks, enum keel_site site, uint32_t *n_layers, uint32_t *width);
 
 // Runs the session with these hooks from now on; NULL: without. Borrowed, and not to be added to while in use. Count in everything
-// the session does; in keel_session_kl() only for the adapted model. The cache of the present sequence is kept as it is.
+// the session does; in keel_session_kl() only for the adapted model. The cache of the present sequence is kept as it is. Errors: ARG
+// (a schedule over training steps).
 KEEL_API keel_status keel_session_set_hooks(keel_session *session, const keel_hooks *hooks);
 
 #ifdef __cplusplus

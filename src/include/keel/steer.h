@@ -123,7 +123,7 @@ KEEL_API keel_status keel_directions_read(struct keel_directions *out, const cha
 
 // Adds hooks from words: FILE[:COEF[%]][@LAYERS][,KEY=VALUE]...; COEF 1 if not given, with % of the residual stream's median norm
 // along the unit direction. Keys: op (add, ablate, cap, floor; for cap and floor COEF is the limit of the projection), at
-// (positions), site (pre, post, attn, mlp; otherwise the file's).
+// (positions), site (pre, post, attn, mlp; otherwise the file's), tokens and steps (schedules).
 // Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made with another model.
 KEEL_API keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words);
 
