@@ -3,7 +3,7 @@
 # Everything it makes lies in build/, .venv/ and the user's cache folder.
 
 BUILD_PACKAGES=(gcc libc6-dev meson ninja-build pkg-config python3 python3-venv glslang-tools spirv-tools libjansson-dev
-    libcyaml-dev liblapacke-dev libstb-dev libvulkan-dev libvulkan-volk-dev libvulkan1 mesa-vulkan-drivers gnuplot-nox
+    libcyaml-dev libyaml-dev liblapacke-dev libstb-dev libvulkan-dev libvulkan-volk-dev libvulkan1 mesa-vulkan-drivers gnuplot-nox
     libcmocka-dev)
 TEST_PACKAGES=(vulkan-validationlayers)
 FULL_PACKAGES=(clang llvm chromium)
