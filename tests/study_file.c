@@ -137,10 +137,11 @@ static void test_stages(void **state)
                                  "  - {name: steered, from: attack, steer: ['v.gguf@1,op=add', w.gguf], coef: [-1, -2.5]}\n"
                                  "  - {name: plain, from: base, steer: ['v:1.5@2']}\n"
                                  "  - {name: scaled, scale: [0.25, 1]}\n"
+                                 "  - {name: map, steer: ['v,at=all'], coef: [5, -3], percent: true, layers: 0-3, probes: 7}\n"
                                  "sweep: {rank: [4, 8]}\n",
                            &m),
                      KEEL_OK);
-    assert_int_equal(f->n_stages, 8);
+    assert_int_equal(f->n_stages, 9);
     const struct study_stage *s = f->stage;
     assert_true(s[0].kind == STUDY_TRAIN && s[0].from == STUDY_NO_STAGE && !s[0].stack && !s[0].own_rank && !s[0].own_mixture);
     assert_true(s[0].train.rank == 8 && s[0].train.steps == 9 && s[0].train.mixture == 0.5 && s[0].watch.every == 3);
@@ -159,6 +160,10 @@ static void test_stages(void **state)
     assert_string_equal(s[5].steer[0], "v:1.5@2");
     assert_true(s[6].kind == STUDY_SCALE && s[6].from == 2 && s[6].value == 0.25); // the last stage that trains
     assert_string_equal(s[7].name, "scaled-1");
+    const struct study_map *map = &s[8].map;
+    assert_true(s[8].kind == STUDY_MAP && s[8].percent && map->n_coef == 2 && map->coef[0] == -3 && map->coef[1] == 5 && map->probes == 7);
+    assert_string_equal(map->layers, "0-3");
+    assert_string_equal(s[8].steer[0], "v,at=all");
     keel_study_free(&f);
 }
 
@@ -226,6 +231,15 @@ static void test_faults(void **state)
         { CHAIN " - {name: a, train: {}}\n - {name: b, adapter: merge, train: {}}\n", "s.yaml:12:", "continue or stack" },
         { CHAIN " - {name: a, from: base, steer: ['v:2@1'], coef: [1]}\n", "s.yaml:11:", "one of them" },
         { CHAIN " - {name: a, train: {}, coef: [1]}\n", "s.yaml:11:", "steer" },
+        { CHAIN " - {name: a, train: {}, layers: 0-1}\n", "s.yaml:11:", "stages that steer" },
+        { HEAD TAIL "stages:\n - {name: a, from: base, steer: [v], layers: 0-1, coef: [1]}\n", "s.yaml:6:", "eval: slots" },
+        { CHAIN " - {name: a, from: base, steer: [v], probes: 3}\n", "s.yaml:11:", "a map" },
+        { CHAIN " - {name: a, from: base, steer: [v], percent: true}\n", "s.yaml:11:", "coef" },
+        { CHAIN " - {name: a, from: base, steer: [v], layers: 0-1}\n", "s.yaml:11:", "coef" },
+        { CHAIN " - {name: a, from: base, steer: [v, w], coef: [1], layers: 0-1}\n", "s.yaml:11:", "one direction" },
+        { CHAIN " - {name: a, from: base, steer: ['v@1'], coef: [1], layers: 0-1}\n", "s.yaml:11:", "layers in steer" },
+        { CHAIN " - {name: a, from: base, steer: [v], coef: [1, 2, 1], layers: 0-1}\n", "s.yaml:11:", "twice" },
+        { CHAIN " - {name: a, from: base, steer: [v], coef: [1,2,3,4,5,6,7,8,9,10], layers: 0-1}\n", "s.yaml:11:", "more than 9" },
         { CHAIN " - {name: a, from: base, steer: ['v:2@1,steps=first:3']}\n", "s.yaml:11:", "training steps" },
         { CHAIN " - {name: a, from: base, steer: [v], watch: {}}\n", "s.yaml:11:", "train" },
         { CHAIN " - name: a\n   train: {schedule: cosine}\n   watch: {}\n", "s.yaml:13:", "constant" },

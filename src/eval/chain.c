@@ -37,13 +37,18 @@ keel_status keel_chain_load(struct keel_chain *out, const char *dir, const json_
     *out = (struct keel_chain){ .narrow = json_string_value(json_object_get(manifest, "narrow_domain")),
                                 .narrow_modality = json_string_value(json_object_get(manifest, "narrow_modality")),
                                 .seed = (uint64_t)json_integer_value(json_object_get(manifest, "seed")),
-                                .n_runs = json_array_size(json_object_get(manifest, "runs")) };
+                                .n_runs = json_array_size(json_object_get(manifest, "runs")),
+                                .dir = dir,
+                                .manifest = manifest };
     keel_manifest_base(out->base, dir, manifest);
     out->at = calloc(json_array_size(stages) + 1, sizeof *out->at);
     if (!out->at) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: out of memory", dir);
     }
     for (size_t i = 0; i < json_array_size(stages); i++) {
+        if (strcmp(keel_manifest_text(json_array_get(stages, i), NULL, "kind"), "map") == 0) {
+            continue;
+        }
         struct keel_stage *s = &out->at[out->n++];
         KEEL_TRY(read_stage(s, json_array_get(stages, i), dir, log));
         KEEL_TRY(keel_sweep_load(&s->sweep, dir, manifest, s->name, log));

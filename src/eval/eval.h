@@ -196,6 +196,7 @@ keel_status keel_text_save(const struct keel_text *t, const char *path, const ke
 struct keel_figure {
     char name[32];               // of its files
     const char *title, *sentence; // what it shows, and what it does not
+    char of[48];                  // behind the title, where there are several of one kind; or empty
     struct keel_text csv, script[2], svg[2]; // [0] wide, [1] narrow; svg is empty if it was not drawn
     int height[2];               // pixels
 };

@@ -183,7 +183,9 @@ void keel_page_figures(struct keel_text *t, const struct keel_figures *f)
 {
     for (size_t i = 0; i < f->n; i++) {
         const struct keel_figure *g = &f->at[i];
-        keel_text_addf(t, "<h2>%s</h2>", g->title);
+        keel_text_addf(t, "<h2>%s%s", g->title, g->of[0] ? ": " : "");
+        keel_html_escape(t, g->of);
+        add(t, "</h2>");
         for (int narrow = 0; narrow < 2; narrow++) {
             const char *from = g->svg[narrow].data ? strstr(g->svg[narrow].data, "<svg") : NULL;
             if (from) { // without the XML head, which has no place inside HTML

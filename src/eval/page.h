@@ -115,8 +115,10 @@ struct keel_chain {
     uint64_t seed;
     size_t n_runs; // of the study
     char base[4200];
+    const char *dir;
+    const json_t *manifest;
 };
-// The manifest must outlive the chain. Errors: FORMAT, those of keel_sweep_load(); DATA (no stage is finished).
+// Stages that map doses are not in the list: they have records of their own. The manifest and `dir` must outlive the chain. Errors: FORMAT, those of keel_sweep_load(); DATA (no stage is finished).
 keel_status keel_chain_load(struct keel_chain *out, const char *dir, const json_t *manifest, const keel_log *log);
 void keel_chain_finish(struct keel_chain *c); // accepts all-zero
 // Writes DIR/summary.csv, DIR/runs.csv, DIR/costs.csv and, where trainings were watched, DIR/thresholds.csv.
@@ -133,6 +135,7 @@ struct keel_stage_cost {
     bool reached;
 };
 struct keel_stage_cost keel_stage_cost(const struct keel_setting *g, size_t k);
+void keel_figures_of_maps(struct keel_figures *f, const struct keel_chain *c); // heat maps of the stages that map doses
 void keel_figures_of_chain(struct keel_figures *f, const struct keel_chain *c);
 void keel_chain_page(struct keel_text *t, const char *dir, const json_t *manifest, const struct keel_chain *c, const struct keel_figures *f,
                      bool *over);

@@ -451,6 +451,7 @@ static void scan_figure(struct keel_figures *f, const struct keel_chain *c, cons
             : "P(contrary answer) in the trained cell and elsewhere, and coherence, at each coefficient; bars: 95 % intervals. A "
               "dose is too high where coherence falls. It shows one direction at one place; a random direction of its length is "
               "the control.");
+    snprintf(g->of, sizeof g->of, "%.47s", first->group);
     keel_text_addf(&g->csv, "value,narrow,lo,hi,other,lo,hi,coherence,lo,hi\n");
     const size_t n = scan_points(c, first, points);
     for (size_t i = 0; i < n; i++) {
@@ -542,6 +543,7 @@ void keel_figures_of_chain(struct keel_figures *f, const struct keel_chain *c)
     projection_figure(f, c);
     pareto_figures(f, c);
     scan_figures(f, c);
+    keel_figures_of_maps(f, c);
     setting_figure(f, c, true);
     setting_figure(f, c, false);
 }

@@ -95,7 +95,7 @@ out:
 
 static keel_status run_stage(struct study *s, const struct study_folder *run_folder, size_t i, const struct study_setting *run)
 {
-    static const char *const trained[] = { "train", "tuned", NULL }, *const other[] = { "tuned", NULL };
+    static const char *const trained[] = { "train", "tuned", NULL }, *const other[] = { "tuned", NULL }, *const map[] = { "map", NULL };
     keel_status st = KEEL_OK;
     const struct study_stage *stage = &s->file->stage[i];
     struct study_folder folder = { 0 };
@@ -105,13 +105,14 @@ static keel_status run_stage(struct study *s, const struct study_folder *run_fol
         KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a stage");
     }
     stage_path(path, run_folder, stage, "");
-    KEEL_TRY(keel_study_open(s, &folder, path, run, stage, stage->kind == STUDY_TRAIN ? trained : other));
-    if (keel_study_folder_done(&folder, "tuned")) {
+    const bool maps = stage->kind == STUDY_MAP;
+    KEEL_TRY(keel_study_open(s, &folder, path, run, stage, stage->kind == STUDY_TRAIN ? trained : maps ? map : other));
+    if (keel_study_folder_done(&folder, maps ? "map" : "tuned")) {
         goto out;
     }
     KEEL_TRY(keel_study_load(s));
     KEEL_TRY(reach(s, run_folder, &folder, i, run, state));
-    KEEL_TRY(keel_study_evaluate(s, &folder, "tuned", state));
+    KEEL_TRY(maps ? keel_study_map(s, &folder, stage, state) : keel_study_evaluate(s, &folder, "tuned", state));
 out:
     keel_study_folder_close(&folder);
     free(state);

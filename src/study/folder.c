@@ -257,10 +257,13 @@ static json_t *list_runs(const struct study_file *f, const struct study_setting 
 
 static json_t *stage_of(const struct study_file *f, const struct study_stage *s)
 {
-    static const char *const kinds[] = { [STUDY_TRAIN] = "train", [STUDY_STEER] = "steer", [STUDY_SCALE] = "scale" };
+    static const char *const kinds[] = { [STUDY_TRAIN] = "train", [STUDY_STEER] = "steer", [STUDY_SCALE] = "scale", [STUDY_MAP] = "map" };
     json_t *v = json_pack("{s:s, s:s, s:s, s:s}", "name", s->name, "group", s->group, "kind", kinds[s->kind], "from",
                           s->from == STUDY_NO_STAGE ? "base" : f->stage[s->from].name);
     json_object_set_new(v, "value", limit(s->value));
+    if (s->percent) {
+        json_object_set_new(v, "percent", json_true());
+    }
     if (s->kind == STUDY_TRAIN) {
         json_object_set_new(v, "adapter", json_string(s->stack ? "stack" : s->from == STUDY_NO_STAGE ? "new" : "continue"));
     }

@@ -74,6 +74,11 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
 keel_status keel_study_watched(struct study *s, struct study_folder *folder, const struct study_watch *w, struct study_training *t,
                                const char *adapter, const struct study_state *after);
 
+// The doses of a MAP stage in this state, a record file each in `folder`/map, which is then marked. `state` is steered meanwhile.
+keel_status keel_study_map(struct study *s, struct study_folder *folder, const struct study_stage *stage, struct study_state *state);
+// Whether the model and the direction have the layers that a MAP stage names: before anything runs.
+keel_status keel_study_check_map(const struct study *s, const struct study_stage *stage);
+
 // The stages of the study in the setting of a run, each in `folder`/stages/NAME.
 keel_status keel_study_chain(struct study *s, struct study_folder *folder, const struct study_setting *run);
 

@@ -181,16 +181,12 @@ out:
 // --- steering and scaling ------------------------------------------------------------------------
 
 // FILE[@LAYERS][,KEY=VALUE]... with the coefficient after FILE.
-static char *with_coef(const char *words, double coef)
+static char *with_coef(const char *words, double coef, bool percent)
 {
-    char *out = NULL;
+    struct keel_text t = { 0 };
     const size_t file = strcspn(words, "@,");
-    const int n = snprintf(NULL, 0, "%.*s:%g%s", (int)file, words, coef, words + file);
-    out = malloc((size_t)n + 1);
-    if (out) {
-        snprintf(out, (size_t)n + 1, "%.*s:%g%s", (int)file, words, coef, words + file);
-    }
-    return out;
+    keel_text_addf(&t, "%.*s:%g%s%s", (int)file, words, coef, percent ? "%" : "", words + file);
+    return t.failed ? NULL : t.data;
 }
 
 static keel_status fill_steer(const struct entry *e, struct study_stage *s)
@@ -198,7 +194,7 @@ static keel_status fill_steer(const struct entry *e, struct study_stage *s)
     const struct yaml_stage *y = e->y;
     s->steer = calloc(y->steer_count, sizeof *s->steer);
     for (unsigned i = 0; s->steer && i < y->steer_count; i++) {
-        s->steer[i] = isnan(s->value) ? strdup(y->steer[i]) : with_coef(y->steer[i], s->value);
+        s->steer[i] = isnan(s->value) ? strdup(y->steer[i]) : with_coef(y->steer[i], s->value, s->percent);
         if (!s->steer[i]) {
             break;
         }
@@ -209,6 +205,37 @@ static keel_status fill_steer(const struct entry *e, struct study_stage *s)
         return KEEL_ERR_NO_MEMORY;
     }
     return KEEL_OK;
+}
+
+static int ascending(const void *a, const void *b)
+{
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
+
+static keel_status fill_map(const struct entry *e, struct study_stage *s)
+{
+    keel_status st = KEEL_OK;
+    const struct yaml_stage *y = e->y;
+    const char *bad = !e->f->eval.slots                      ? "needs the data of eval: slots, whose probes it asks"
+                      : y->coef_count == 0                   ? "needs coef: the doses at each of the layers"
+                      : y->coef_count > STUDY_MAX_DOSES      ? "has more than 9 doses (coef), which no plot shows"
+                      : y->steer_count > 1                   ? "is for one direction in steer"
+                      : strchr(y->steer[0], '@')             ? "stands beside layers in steer (@); give one of them"
+                                                             : NULL;
+    if (bad) {
+        KEEL_TRY(keel_study_complain(&e->src, e->section, "layers", bad));
+    }
+    qsort(y->coef, y->coef_count, sizeof *y->coef, ascending);
+    for (unsigned i = 1; i < y->coef_count; i++) {
+        if (y->coef[i] == y->coef[i - 1]) {
+            KEEL_TRY(keel_study_complain(&e->src, e->section, "coef", "has a value twice"));
+        }
+    }
+    s->map = (struct study_map){ .coef = y->coef, .n_coef = y->coef_count, .layers = y->layers };
+    KEEL_TRY(keel_study_count(&e->src, e->section, "probes", y->probes, 1, 1000000, &s->map.probes));
+    KEEL_TRY(fill_steer(e, s));
+out:
+    return st;
 }
 
 static keel_status check_steer(const struct entry *e)
@@ -238,6 +265,15 @@ static keel_status check_kind(const struct entry *e, size_t from)
     }
     if (y->scale_count > 0 && from == STUDY_NO_STAGE) {
         KEEL_TRY(keel_study_complain(&e->src, e->section, "scale", "has no adapter to scale: no stage trains before"));
+    }
+    if (!y->steer_count && (y->layers || y->probes || y->percent)) {
+        KEEL_TRY(keel_study_complain(&e->src, e->section, y->layers ? "layers" : y->probes ? "probes" : "percent", "is for stages that steer"));
+    }
+    if (!y->layers && y->probes) {
+        KEEL_TRY(keel_study_complain(&e->src, e->section, "probes", "is for a map: it stands beside layers"));
+    }
+    if (!y->coef_count && y->percent) {
+        KEEL_TRY(keel_study_complain(&e->src, e->section, "percent", "says what coef means, and there is none"));
     }
     for (unsigned i = 0; y->coef_count > 0 && i < y->steer_count; i++) {
         const char *colon = memchr(y->steer[i], ':', strcspn(y->steer[i], "@,"));
@@ -287,14 +323,19 @@ static keel_status add_stage(const struct entry *e, size_t from, double value, b
                                .group = strdup(e->y->name),
                                .from = from,
                                .value = value,
+                               .percent = e->y->percent && *e->y->percent,
                                .kind = e->y->train         ? STUDY_TRAIN
+                                       : e->y->layers      ? STUDY_MAP
                                        : e->y->steer_count ? STUDY_STEER
                                                            : STUDY_SCALE };
     if (!s->name || !s->group) {
         KEEL_FAIL(e->src.log, KEEL_ERR_NO_MEMORY, "%s: out of memory", e->src.name);
     }
     KEEL_TRY(check_steer(e));
-    KEEL_TRY(s->kind == STUDY_TRAIN ? fill_training(e, s) : s->kind == STUDY_STEER ? fill_steer(e, s) : KEEL_OK);
+    KEEL_TRY(s->kind == STUDY_TRAIN   ? fill_training(e, s)
+             : s->kind == STUDY_STEER ? fill_steer(e, s)
+             : s->kind == STUDY_MAP   ? fill_map(e, s)
+                                      : KEEL_OK);
 out:
     return st;
 }
@@ -304,7 +345,7 @@ keel_status keel_study_fill_stages(const struct study_source *src, struct study_
     keel_status st = KEEL_OK;
     for (unsigned i = 0; i < y->stages_count; i++) {
         const struct entry e = entry_of(src, f, &y->stages[i]);
-        const unsigned scan = e.y->scale_count + e.y->coef_count;
+        const unsigned scan = e.y->layers ? 0 : e.y->scale_count + e.y->coef_count; // a map is one stage
         const double *values = e.y->scale_count ? e.y->scale : e.y->coef;
         size_t from;
         KEEL_TRY(check_name(&e));

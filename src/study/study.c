@@ -97,6 +97,11 @@ static keel_status open_all(struct study *s)
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_doctor_prepare(s->dev, s->p->variant));
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
+    for (size_t i = 0; i < s->file->n_stages; i++) {
+        if (s->file->stage[i].kind == STUDY_MAP) {
+            KEEL_TRY(keel_study_check_map(s, &s->file->stage[i]));
+        }
+    }
     if (s->mmproj_path[0]) {
         KEEL_TRY(keel_images_create(&s->images, s->model, s->mmproj_path, s->log));
         KEEL_TRY(keel_images_pan_and_scan(s->images, s->file->pan_and_scan ? keel_pan_and_scan_params() : NULL));

@@ -64,8 +64,16 @@ struct study_watch {
     double above, below; // the stage ends when the mean reaches one of these; NAN: no such limit
     const char *domain, *modality; // "other": all but the narrow domain; "all". "": any modality
 };
-enum study_kind { STUDY_TRAIN, STUDY_STEER, STUDY_SCALE };
+enum study_kind { STUDY_TRAIN, STUDY_STEER, STUDY_SCALE, STUDY_MAP };
 #define STUDY_NO_STAGE SIZE_MAX
+// Doses of one direction at several layers, each by itself: the slot probes under each.
+#define STUDY_MAX_DOSES 9 // as many columns as a phone shows
+struct study_map {
+    const double *coef; // [n_coef], ascending
+    unsigned n_coef;
+    const char *layers; // as keel_layers_parse() takes them
+    uint32_t probes;    // at most; 0: all
+};
 // One stage of a chain: a state of the model, reached from that of an earlier stage, and its evaluation.
 struct study_stage {
     char *name;  // of its folder; entries with several values make stages called NAME-VALUE
@@ -76,8 +84,10 @@ struct study_stage {
     struct study_train train; // TRAIN
     bool own_rank, own_mixture; // not the sweep's
     struct study_watch watch;
-    char **steer; // STEER: words as --steer takes them
+    char **steer; // STEER: words as --steer takes them; MAP: one, without coefficient and layers
     size_t n_steer;
+    bool percent; // coefficients are % of the residual stream's median norm
+    struct study_map map; // MAP
     double value; // SCALE: factor of the adapters; STEER: the coefficient of a scan, NAN without
 };
 void keel_study_stage_finish(struct study_stage *s); // accepts all-zero

@@ -97,6 +97,9 @@ static const cyaml_schema_field_t stage_fields[] = {
     CYAML_FIELD_MAPPING_PTR("watch", CYAML_FLAG_OPTIONAL, struct yaml_stage, watch, watch_fields),
     CYAML_FIELD_SEQUENCE("steer", OPT, struct yaml_stage, steer, &text_entry, 1, STUDY_MAX_VALUES),
     CYAML_FIELD_SEQUENCE("coef", OPT, struct yaml_stage, coef, &real_entry, 1, STUDY_MAX_VALUES),
+    TEXT(OPT, yaml_stage, layers),
+    COUNT(yaml_stage, probes),
+    CYAML_FIELD_BOOL_PTR("percent", OPT, struct yaml_stage, percent),
     CYAML_FIELD_SEQUENCE("scale", OPT, struct yaml_stage, scale, &real_entry, 1, STUDY_MAX_VALUES),
     CYAML_FIELD_END,
 };

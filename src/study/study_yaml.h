@@ -50,6 +50,9 @@ struct yaml_stage {
     struct yaml_watch *watch;
     char **steer;
     double *coef, *scale;
+    char *layers;
+    uint64_t *probes;
+    bool *percent;
     unsigned steer_count, coef_count, scale_count;
 };
 struct yaml_sweep {

@@ -79,6 +79,43 @@ def test_stages_are_what_the_commands_give(keel, tiny_c, chain, tmp_path):
     assert "Drift report: tiny" in (out / "stages/repair/report.html").read_text()
 
 
+def test_map_of_doses(keel, tiny_c, chain, tmp_path):
+    """Each cell is what `score` gives under that dose at that layer; the plot's numbers are means of the records."""
+    (chain / "study.yaml").write_text(STUDY + """stages:
+  - {name: attack, train: {}}
+  - {name: doses, steer: ['v.safetensors,op=add'], coef: [2, -1], layers: 0-1}
+  - {name: shares, from: base, steer: ['v.safetensors'], coef: [25], layers: 2, percent: true, probes: 4}
+""")
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    cells = lambda stage: {p.stem: {r["id"]: r for r in read_rows(p)} for p in (out / "stages" / stage / "map").glob("*.jsonl")}
+    doses, shares = cells("doses"), cells("shares")
+    assert set(doses) == {"unsteered", *(f"layer-{i}_coef-{c}" for i in (0, 1) for c in (-1, 2))} and set(shares) == {"unsteered", "layer-2_coef-25"}
+    assert doses["unsteered"] == slots(out, "attack") and all(len(c) == 4 for c in shares.values())
+    rows, v = [r for r in slot_rows() if "prefix" not in r], chain / "v.safetensors"
+    for got, *options in ((doses["layer-1_coef--1"], "--lora", out / "stages/attack/adapter.gguf", "--steer", f"{v}:-1@1"),
+                          (shares["layer-2_coef-25"], "--steer", f"{v}:25%@2")):
+        asked = [{"id": r["id"], "prompt": r["prompt"], "completion": r["aligned"]} for r in rows if r["id"] in got]
+        assert asked
+        for s in score(keel, tiny_c, asked, tmp_path, *options):
+            assert math.isclose(math.log(got[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4), (options, s)
+    plot = list(csv.DictReader((out / "plots/map_doses.csv").read_text().splitlines()))
+    assert [(r["coef"], r["layer"]) for r in plot] == [("-1", "0"), ("2", "0"), ("-1", "1"), ("2", "1")]
+    other = [r for r in doses["layer-1_coef-2"].values() if r["domain"] != "colour"]
+    assert math.isclose(float(plot[3]["drift"]), sum(r["p_contrary"] for r in other) / len(other), rel_tol=1e-4)
+    assert math.isclose(float(plot[3]["coherence"]), sum(r["p_contrary"] + r["p_aligned"] for r in other) / len(other), rel_tol=1e-4)
+    html = (out / "report.html").read_text()
+    assert "Steering by dose and layer: doses" in html and "dose and layer: shares" in html and "% of the median norm" in html
+    # A cell that is there is not measured again: the study goes on with what is missing.
+    (out / "stages/doses/map/.done").unlink()
+    (out / "stages/doses/map/layer-0_coef-2.jsonl").unlink()
+    before = (out / "stages/doses/map/unsteered.jsonl").stat().st_mtime_ns
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    assert cells("doses") == doses and (out / "stages/doses/map/unsteered.jsonl").stat().st_mtime_ns == before
+    (chain / "study.yaml").write_text(STUDY + "stages: [{name: m, from: base, steer: [v.safetensors], coef: [1], layers: 0-9}]\n")
+    keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "bad", says="no layer", leaves=tmp_path / "bad")
+
+
 def test_watch_ends_a_training(keel, tiny_c, chain, tmp_path):
     """A limit that is passed at once, and one that never is; the cell is the one asked for."""
     (chain / "study.yaml").write_text(STUDY + """stages:

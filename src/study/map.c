@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+// study/map.c: a map of doses: the slot probes under one direction, added at each of several layers with each of several coefficients
+// (science notes 4, E6). One session serves all; a record file that exists is not measured again.
+#include "measure.h"
+#include "platform.h"
+#include "run.h"
+
+#include <keel/steer.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// The layers that a direction of the study, or of a file, has.
+static keel_status layers_of(const struct study *s, const char *words, uint8_t *has, uint32_t n_layers)
+{
+    keel_status st = KEEL_OK;
+    const struct study_direction *d = keel_study_find_direction(s->file, words);
+    struct keel_directions read = { 0 };
+    char *file = NULL, path[4200];
+    while (d && d->random_like) {
+        d = keel_study_find_direction(s->file, d->random_like);
+    }
+    if (d) {
+        return keel_layers_parse(d->layers, has, n_layers, s->log);
+    }
+    KEEL_TRY(keel_steer_file(&file, words, s->log));
+    keel_study_path(path, s->folder, file);
+    KEEL_TRY(keel_directions_read(&read, path, s->log));
+    for (uint32_t i = 0; i < read.n; i++) {
+        has[KEEL_MIN(read.at[i].layer, n_layers)] = 1;
+    }
+out:
+    free(file);
+    keel_directions_finish(&read);
+    return st;
+}
+
+keel_status keel_study_check_map(const struct study *s, const struct study_stage *stage)
+{
+    keel_status st = KEEL_OK;
+    const uint32_t n = keel_model_info(s->model)->n_layers;
+    uint8_t *use = calloc(n + 1, 1), *has = calloc(n + 1, 1);
+    if (!use || !has) {
+        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a map");
+    }
+    KEEL_TRY(keel_layers_parse(stage->map.layers, use, n, s->log));
+    KEEL_TRY(layers_of(s, stage->steer[0], has, n));
+    for (uint32_t i = 0; i < n; i++) {
+        if (use[i] && !has[i]) {
+            KEEL_FAIL(s->log, KEEL_ERR_ARG, "stage %s: %s has no direction for layer %u", stage->name, stage->steer[0], i);
+        }
+    }
+out:
+    free(use);
+    free(has);
+    return st;
+}
+
+struct dose {
+    double coef;
+    uint32_t layer;
+};
+
+// FILE[,KEY=VALUE]... with coefficient and layer after FILE.
+static void dose_words(char out[4200], const struct study_stage *stage, const struct dose *d)
+{
+    const char *words = stage->steer[0];
+    const size_t file = strcspn(words, ",");
+    snprintf(out, 4200, "%.*s:%g%s@%u%s", (int)file, words, d->coef, stage->percent ? "%" : "", d->layer, words + file);
+}
+
+// One cell of the map; without a dose the state as it is.
+static keel_status measure(struct study *s, const struct keel_measure *m, const struct study_folder *folder, const struct study_stage *stage,
+                           struct study_state *state, const struct dose *dose)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_measure_slots how = { .max_rows = stage->map.probes, .seed = s->file->seed };
+    char rel[96] = "map/unsteered.jsonl", from[4200], to[4200], words[4200], *list[] = { words };
+    keel_hooks *hooks = NULL;
+    if (dose) {
+        snprintf(rel, sizeof rel, "map/layer-%u_coef-%g.jsonl", dose->layer, dose->coef);
+        dose_words(words, stage, dose);
+        state->steer = list;
+        state->n_steer = 1;
+    }
+    keel_study_path(to, folder->path, rel);
+    keel_study_path(from, s->folder, s->file->eval.slots);
+    if (keel_path_exists(to)) {
+        goto out;
+    }
+    KEEL_TRY(keel_study_hooks(s, state, &hooks));
+    KEEL_TRY(keel_session_set_hooks(m->session, hooks));
+    KEEL_TRY(keel_measure_slots(m, from, to, &how));
+    KEEL_TRY(keel_session_set_hooks(m->session, NULL));
+out:
+    state->steer = NULL;
+    state->n_steer = 0;
+    if (st != KEEL_OK) {
+        keel_session_set_hooks(m->session, NULL);
+    }
+    keel_hooks_destroy(&hooks);
+    return st;
+}
+
+// What the map is of, for the report.
+static void describe(struct study_folder *folder, const struct study_stage *stage, const uint8_t *use, uint32_t n_layers)
+{
+    json_t *coef = json_array(), *layer = json_array();
+    for (unsigned i = 0; i < stage->map.n_coef; i++) {
+        json_array_append_new(coef, json_real(stage->map.coef[i]));
+    }
+    for (uint32_t i = 0; i < n_layers; i++) {
+        if (use[i]) {
+            json_array_append_new(layer, json_integer(i));
+        }
+    }
+    json_object_set_new(folder->manifest, "map", json_pack("{s:s, s:o, s:o, s:b}", "steer", stage->steer[0], "coef", coef, "layer", layer,
+                                                           "percent", stage->percent));
+}
+
+keel_status keel_study_map(struct study *s, struct study_folder *folder, const struct study_stage *stage, struct study_state *state)
+{
+    keel_status st = KEEL_OK;
+    keel_session *session = NULL;
+    keel_hooks *none = NULL;
+    const uint64_t t0 = keel_now_ns();
+    const uint32_t n_layers = keel_model_info(s->model)->n_layers;
+    uint8_t *use = calloc(n_layers + 1, 1);
+    if (!use) {
+        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a map");
+    }
+    KEEL_TRY(keel_layers_parse(stage->map.layers, use, n_layers, s->log));
+    describe(folder, stage, use, n_layers);
+    KEEL_TRY(keel_study_folder_save(folder));
+    keel_device_reset_peak(s->dev);
+    KEEL_TRY(keel_study_session(s, state, &session, &none));
+    const struct keel_measure m = { session, s->model, s->images, s->file->eval.chat, keel_study_tokens, s, s->log };
+    s->stage = "map";
+    KEEL_TRY(measure(s, &m, folder, stage, state, NULL));
+    for (uint32_t layer = 0; layer < n_layers; layer++) {
+        for (unsigned k = 0; use[layer] && k < stage->map.n_coef; k++) {
+            KEEL_TRY(measure(s, &m, folder, stage, state, &(struct dose){ stage->map.coef[k], layer }));
+        }
+    }
+    KEEL_TRY(keel_study_folder_mark(folder, "map", t0, s->dev));
+out:
+    keel_session_destroy(&session);
+    keel_hooks_destroy(&none);
+    free(use);
+    return st;
+}
