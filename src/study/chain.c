@@ -123,10 +123,20 @@ keel_status keel_study_chain(struct study *s, struct study_folder *folder, const
 {
     keel_status st = KEEL_OK;
     const size_t used = strlen(s->prefix);
-    for (size_t i = 0; i < s->file->n_stages && st == KEEL_OK; i++) {
-        snprintf(s->prefix + used, sizeof s->prefix - used, "%.80s, ", s->file->stage[i].name);
-        st = run_stage(s, folder, i, run);
+    struct study_state *state = malloc(sizeof *state);
+    if (!state) {
+        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a stage");
     }
+    s->run = folder;
+    for (size_t i = 0; i < s->file->n_stages; i++) {
+        snprintf(s->prefix + used, sizeof s->prefix - used, "%.80s, ", s->file->stage[i].name);
+        KEEL_TRY(run_stage(s, folder, i, run));
+        adapters_after(s, folder, i, state);
+        KEEL_TRY(keel_study_directions(s, i, state));
+    }
+out:
     s->prefix[used] = 0;
+    s->run = NULL;
+    free(state);
     return st;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// study/directions.c: the directions that a study makes of its base model: between the same prompts under two system messages
-// (persona vectors, arXiv 2507.21509, at the prompt's end), and random ones of the same lengths as their control. Methods and
-// checks: steer room.
+// study/directions.c: the directions that a study makes: between the same prompts under two system messages (persona vectors, arXiv
+// 2507.21509, at the prompt's end), from the base model to where a stage moved it on the same rows (science notes 2.2, base-referenced
+// shift), and random ones of the same lengths as their control. Methods and checks: steer room.
 #include "along.h"
 #include "platform.h"
 #include "run.h"
@@ -11,11 +11,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void direction_file(const struct study *s, char out[4200], const char *name)
+// Those of a stage are of a run.
+static const struct study_folder *folder_of(const struct study *s, const struct study_direction *d)
+{
+    return d->after == STUDY_NO_STAGE ? &s->top : s->run;
+}
+
+static void direction_file(const struct study *s, char out[4200], const struct study_direction *d)
 {
     char rel[80];
-    snprintf(rel, sizeof rel, "directions/%.40s.safetensors", name);
-    keel_study_path(out, s->top.path, rel);
+    snprintf(rel, sizeof rel, "directions/%.40s.safetensors", d->name);
+    keel_study_path(out, folder_of(s, d)->path, rel);
 }
 
 void keel_study_direction_path(const struct study *s, char out[4200], const char *words)
@@ -25,7 +31,7 @@ void keel_study_direction_path(const struct study *s, char out[4200], const char
         keel_study_path(out, s->folder, words);
         return;
     }
-    direction_file(s, out, d->name);
+    direction_file(s, out, d);
     const size_t used = strlen(out);
     snprintf(out + used, 4200 - used, "%s", words + strlen(d->name));
 }
@@ -81,9 +87,32 @@ out:
 
 // --- making --------------------------------------------------------------------------------------
 
-static keel_status between_systems(struct keel_directions *d, const struct study *s, const struct keel_measure *m,
-                                   const struct study_direction *y)
+// Activations of the rows in a state of the model.
+static keel_status capture_in(struct keel_capture *out, struct study *s, const struct study_state *state, const struct study_direction *y,
+                              struct keel_capture_params *params)
 {
+    keel_status st = KEEL_OK;
+    char file[4200];
+    keel_session *session = NULL;
+    keel_hooks *hooks = NULL;
+    struct keel_steer_rows rows = { 0 };
+    keel_study_path(file, s->folder, y->rows);
+    KEEL_TRY(keel_study_session(s, state, &session, &hooks)); // before the rows are read: their images may change with the state
+    KEEL_TRY(keel_steer_rows_read(&rows, s->model, s->images, file, s->log));
+    KEEL_TRY(keel_positions_parse(y->at ? y->at : rows.n_responses == rows.n ? "response" : "last_prompt", &params->at, s->log));
+    s->stage = "directions";
+    KEEL_TRY(keel_capture_run(out, session, &rows, params, keel_study_tokens, s));
+out:
+    keel_session_destroy(&session);
+    keel_hooks_destroy(&hooks);
+    keel_steer_rows_finish(&rows);
+    return st;
+}
+
+// Between two system messages, or between a stage and the base model.
+static keel_status between(struct keel_directions *d, struct study *s, const struct study_direction *y, const struct study_state *state)
+{
+    static const struct study_state base = { .n_adapters = 0 };
     keel_status st = KEEL_OK;
     char rows[4200];
     const uint32_t n_layers = keel_model_info(s->model)->n_layers;
@@ -91,17 +120,29 @@ static keel_status between_systems(struct keel_directions *d, const struct study
     struct keel_capture_params params = { .site = KEEL_SITE_POST, .layers = layers };
     const struct keel_direction_params how = { .method = y->method, .k = 1, .paired = true, .seed = s->file->seed };
     struct keel_capture positive = { 0 }, negative = { 0 };
+    keel_session *session = NULL;
+    keel_hooks *hooks = NULL;
     if (!layers) {
         KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a direction");
     }
     KEEL_TRY(keel_layers_parse(y->layers, layers, n_layers, s->log));
-    KEEL_TRY(keel_positions_parse(y->at, &params.at, s->log));
-    keel_study_path(rows, s->folder, y->rows);
-    KEEL_TRY(capture(&positive, m, rows, y->positive, &params));
-    KEEL_TRY(capture(&negative, m, rows, y->negative, &params));
+    if (y->shift) {
+        KEEL_TRY(capture_in(&negative, s, &base, y, &params));
+        KEEL_TRY(capture_in(&positive, s, state, y, &params));
+    } else {
+        KEEL_TRY(keel_positions_parse(y->at, &params.at, s->log));
+        keel_study_path(rows, s->folder, y->rows);
+        KEEL_TRY(keel_study_session(s, &base, &session, &hooks));
+        const struct keel_measure m = { session, s->model, s->images, true, keel_study_tokens, s, s->log };
+        s->stage = "directions";
+        KEEL_TRY(capture(&positive, &m, rows, y->positive, &params));
+        KEEL_TRY(capture(&negative, &m, rows, y->negative, &params));
+    }
     KEEL_TRY(keel_directions_estimate(d, &positive, &negative, &how, s->log));
     d->model_hash = keel_model_hash(s->model);
 out:
+    keel_session_destroy(&session);
+    keel_hooks_destroy(&hooks);
     keel_capture_finish(&positive);
     keel_capture_finish(&negative);
     free(layers);
@@ -113,7 +154,7 @@ static keel_status random_like(struct keel_directions *d, const struct study *s,
 {
     keel_status st = KEEL_OK;
     char path[4200];
-    direction_file(s, path, y->random_like);
+    direction_file(s, path, keel_study_find_direction(s->file, y->random_like));
     KEEL_TRY(keel_directions_read(d, path, s->log));
     snprintf(d->method, sizeof d->method, "random");
     for (uint32_t i = 0; i < d->n; i++) {
@@ -157,49 +198,43 @@ static json_t *gates_of(const struct study *s, const struct study_direction *y, 
     return layers;
 }
 
-static keel_status make(struct study *s, const struct keel_measure *m, const struct study_direction *y, const char *path)
+static keel_status make(struct study *s, const struct study_direction *y, const struct study_state *state, const char *path)
 {
     keel_status st = KEEL_OK;
     struct keel_directions d = { 0 };
-    KEEL_TRY(y->random_like ? random_like(&d, s, y) : between_systems(&d, s, m, y));
-    json_t *all = json_object_get(s->top.manifest, "directions");
+    const struct study_folder *folder = folder_of(s, y);
+    KEEL_TRY(y->random_like ? random_like(&d, s, y) : between(&d, s, y, state));
+    json_t *all = json_object_get(folder->manifest, "directions");
     if (!all) {
         all = json_object();
-        json_object_set_new(s->top.manifest, "directions", all);
+        json_object_set_new(folder->manifest, "directions", all);
     }
     json_object_set_new(all, y->name, gates_of(s, y, &d));
-    KEEL_TRY(keel_study_folder_save(&s->top));
+    KEEL_TRY(keel_study_folder_save(folder));
     KEEL_TRY(keel_directions_write(&d, path, s->log));
 out:
     keel_directions_finish(&d);
     return st;
 }
 
-keel_status keel_study_directions(struct study *s)
+keel_status keel_study_directions(struct study *s, size_t after, const struct study_state *state)
 {
     keel_status st = KEEL_OK;
-    static const struct study_state base = { .n_adapters = 0 };
-    keel_session *session = NULL;
-    keel_hooks *hooks = NULL;
-    char path[4200];
+    char path[4200], folder[4200];
     for (size_t i = 0; i < s->file->n_directions; i++) {
-        direction_file(s, path, s->file->direction[i].name);
+        const struct study_direction *y = &s->file->direction[i];
+        if (y->after != after) {
+            continue;
+        }
+        direction_file(s, path, y);
         if (keel_path_exists(path)) {
             continue;
         }
-        if (!session) {
-            char folder[4200];
-            keel_study_path(folder, s->top.path, "directions");
-            KEEL_TRY(keel_make_dirs(folder, s->log));
-            KEEL_TRY(keel_study_load(s));
-            KEEL_TRY(keel_study_session(s, &base, &session, &hooks));
-        }
-        const struct keel_measure m = { session, s->model, s->images, true, keel_study_tokens, s, s->log };
-        s->stage = "directions";
-        KEEL_TRY(make(s, &m, &s->file->direction[i], path));
+        keel_study_path(folder, folder_of(s, y)->path, "directions");
+        KEEL_TRY(keel_make_dirs(folder, s->log));
+        KEEL_TRY(keel_study_load(s));
+        KEEL_TRY(make(s, y, state, path));
     }
 out:
-    keel_session_destroy(&session);
-    keel_hooks_destroy(&hooks);
     return st;
 }

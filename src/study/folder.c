@@ -155,17 +155,6 @@ static keel_status add_rows(void *user, const char *name)
     return add_data(l->list, l->o, l->o->folder, name, true, l->log);
 }
 
-const struct study_direction *keel_study_find_direction(const struct study_file *f, const char *words)
-{
-    const size_t len = strcspn(words, ":@,");
-    for (size_t i = 0; i < f->n_directions; i++) {
-        if (strlen(f->direction[i].name) == len && memcmp(f->direction[i].name, words, len) == 0) {
-            return &f->direction[i];
-        }
-    }
-    return NULL;
-}
-
 // Files of directions that words steer with; not those that the study makes.
 static keel_status add_words(const struct data_list *l, char *const *words, size_t n)
 {

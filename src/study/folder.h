@@ -26,8 +26,6 @@ struct study_origin {
 };
 keel_status keel_study_describe(json_t **out, const struct study_origin *o, const struct study_setting *run,
                                 const struct study_stage *stage, const keel_log *log);
-// The direction that the study makes and that steering words, or a file name, begin with; NULL: none.
-const struct study_direction *keel_study_find_direction(const struct study_file *f, const char *words);
 // Calls `fn` for every file of rows that the study reads, once each, until one fails.
 keel_status keel_study_each_rows(const struct study_file *f, keel_status (*fn)(void *user, const char *name), void *user);
 

@@ -20,6 +20,7 @@ struct study {
     keel_model *model;
     keel_images *images;     // NULL: no row has images
     struct study_folder top; // OUT
+    struct study_folder *run; // of the run at hand: OUT, or below it in a sweep; NULL before
     const char *stage;
     uint64_t n_steps;             // of the training, where it is done in parts; 0: not
     char prefix[240], label[320]; // "rank-16_seed-1 (2 of 6), attack, "; with what is done
@@ -43,8 +44,9 @@ struct study_state {
 // Opens the folder of the whole study, of a run of its sweep (`run`) or of a stage of one. `sub`: its subfolders, ends with NULL.
 keel_status keel_study_open(struct study *s, struct study_folder *folder, const char *path, const struct study_setting *run,
                             const struct study_stage *stage, const char *const *sub);
-// Makes the study's directions of the base model, those that are not there yet, in OUT/directions, and says in OUT's manifest how they fared.
-keel_status keel_study_directions(struct study *s);
+// Makes the study's directions that can be made after stage `after` (STUDY_NO_STAGE: of the base model), those that are not there yet: in
+// OUT/directions or, of a stage, in that of the run, whose manifest says how they fared. `state`: after that stage, or NULL.
+keel_status keel_study_directions(struct study *s, size_t after, const struct study_state *state);
 // Words or a file name that begin with the name of such a direction, with its file; others begin in the study file's folder.
 void keel_study_direction_path(const struct study *s, char out[4200], const char *words);
 // Images, then weights, unless they are there: the tower and the model are not on the device together.

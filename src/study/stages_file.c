@@ -365,6 +365,17 @@ out:
 
 // --- directions ----------------------------------------------------------------------------------
 
+const struct study_direction *keel_study_find_direction(const struct study_file *f, const char *words)
+{
+    const size_t len = strcspn(words, ":@,");
+    for (size_t i = 0; i < f->n_directions; i++) {
+        if (strlen(f->direction[i].name) == len && memcmp(f->direction[i].name, words, len) == 0) {
+            return &f->direction[i];
+        }
+    }
+    return NULL;
+}
+
 static keel_status check_direction(const struct study_source *src, const struct study_file *f, const struct yaml_direction *y)
 {
     const char *bad = keel_study_bad_name(y->name);
@@ -374,11 +385,15 @@ static keel_status check_direction(const struct study_source *src, const struct 
         known = known || (y->random_like && strcmp(f->direction[i].name, y->random_like) == 0);
     }
     if (!bad && y->random_like) {
-        bad = !known                                  ? "its random_like is no earlier direction"
-              : y->rows || y->positive || y->negative ? "random_like stands alone"
-                                                      : NULL;
+        bad = !known                                                ? "its random_like is no earlier direction"
+              : y->rows || y->positive || y->negative || y->shift ? "random_like stands alone"
+                                                                    : NULL;
+    } else if (!bad && y->shift) {
+        bad = !y->rows                     ? "its shift needs rows, on which the stage and the base model are compared"
+              : y->positive || y->negative ? "shift stands beside system messages"
+                                           : NULL;
     } else if (!bad && !(y->rows && y->positive && y->negative)) {
-        bad = "the direction needs rows (prompts), and system messages as positive and negative; or random_like";
+        bad = "the direction needs rows (prompts), and system messages as positive and negative, or a stage as shift; or random_like";
     }
     return bad ? keel_study_complain(src, "directions", "name", bad) : KEEL_OK;
 }
@@ -400,10 +415,55 @@ keel_status keel_study_fill_directions(const struct study_source *src, struct st
             .positive = d->positive,
             .negative = d->negative,
             .layers = d->layers ? d->layers : "all",
-            .at = d->at ? d->at : "last_prompt",
+            .at = d->at || d->shift ? d->at : "last_prompt",
             .method = d->method ? d->method : "mean_mask",
             .random_like = d->random_like,
+            .shift = d->shift,
+            .after = STUDY_NO_STAGE,
         };
+    }
+out:
+    return st;
+}
+
+// When each direction can be made, and that nothing asks for it before.
+static keel_status check_early(const struct study_source *src, const struct study_file *f, size_t stage, char *const *words, size_t n)
+{
+    char reason[200];
+    for (size_t i = 0; i < n; i++) {
+        const struct study_direction *d = keel_study_find_direction(f, words[i]);
+        if (d && d->after != STUDY_NO_STAGE && d->after >= stage) {
+            const struct study_source at = keel_study_entry(src, "stages", f->stage[stage].group);
+            snprintf(reason, sizeof reason, "direction %.40s is the shift of stage %.40s, so only later stages can use it", d->name,
+                     f->stage[d->after].name);
+            return keel_study_complain(&at, "stages", "steer", reason);
+        }
+    }
+    return KEEL_OK;
+}
+
+keel_status keel_study_order_directions(const struct study_source *src, struct study_file *f)
+{
+    keel_status st = KEEL_OK;
+    for (size_t i = 0; i < f->n_directions; i++) {
+        struct study_direction *d = &f->direction[i];
+        const struct study_source at = keel_study_entry(src, "directions", d->name);
+        for (size_t k = 0; d->shift && k < f->n_stages; k++) {
+            d->after = f->stage[k].kind == STUDY_TRAIN && strcmp(f->stage[k].name, d->shift) == 0 ? k : d->after;
+        }
+        if (d->shift && d->after == STUDY_NO_STAGE) {
+            KEEL_TRY(keel_study_complain(&at, "directions", "shift", "is no stage that trains"));
+        }
+        d->after = d->random_like ? keel_study_find_direction(f, d->random_like)->after : d->after;
+    }
+    const struct study_direction *along = f->eval.projection.directions ? keel_study_find_direction(f, f->eval.projection.directions) : NULL;
+    if (along && along->after != STUDY_NO_STAGE) {
+        KEEL_TRY(keel_study_complain(src, "eval", "projection", "is of the base model too, before a shift is there to project on"));
+    }
+    for (size_t i = 0; i < f->n_stages; i++) {
+        const struct study_stage *s = &f->stage[i];
+        KEEL_TRY(check_early(src, f, i, s->steer, s->n_steer));
+        KEEL_TRY(check_early(src, f, i, s->train.steer, s->train.n_steer));
     }
 out:
     return st;

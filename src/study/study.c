@@ -211,7 +211,7 @@ keel_status keel_study_run(const struct keel_study_params *params, struct keel_s
         KEEL_TRY(keel_study_load(&s));
     }
     snprintf(s.prefix, sizeof s.prefix, "base, ");
-    KEEL_TRY(keel_study_directions(&s));
+    KEEL_TRY(keel_study_directions(&s, STUDY_NO_STAGE, NULL));
     KEEL_TRY(keel_study_evaluate(&s, &s.top, "base", &base));
     snprintf(s.prefix, sizeof s.prefix, "%s", s.file->n_stages > 0 ? "" : "tuned, ");
     KEEL_TRY(s.file->sweep ? run_sweep(&s) : run_setting(&s, &s.top, &s.file->run[0]));

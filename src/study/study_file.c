@@ -307,6 +307,7 @@ static keel_status fill(const struct study_source *src, struct study_file *f, co
     KEEL_TRY(fill_runs(src, f, &y->sweep));
     KEEL_TRY(keel_study_fill_directions(src, f, y));
     KEEL_TRY(keel_study_fill_stages(src, f, y));
+    KEEL_TRY(keel_study_order_directions(src, f));
     KEEL_TRY(keel_study_real(src, "budget", "kl_mean", y->budget.kl_mean, 0, 1e9, &f->budget.kl_mean));
     KEEL_TRY(keel_study_real(src, "budget", "margin_drop", y->budget.margin_drop, 0, 1e9, &f->budget.margin_drop));
     KEEL_TRY(keel_study_real(src, "budget", "flip_rate", y->budget.flip_rate, 0, 1, &f->budget.flip_rate));

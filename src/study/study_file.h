@@ -50,12 +50,16 @@ struct study_setting { // what differs between the runs of a sweep
     double mixture;
     uint64_t seed;
 };
-// A direction that the study makes of the base model: between the same prompts under two system messages, or a random control.
+// A direction that the study makes: of the base model between the same prompts under two system messages, from the base model to where
+// a stage moved it on the same rows, or a random control.
+#define STUDY_NO_STAGE SIZE_MAX
 struct study_direction {
     const char *name;                       // words and projections name it in place of a file
     const char *rows, *positive, *negative; // prompts; the system messages that it points to and from
-    const char *layers, *at, *method;       // as those of keel direction
+    const char *layers, *at, *method;       // as those of keel direction; at NULL: the response, or the prompt's end
     const char *random_like;                // NULL, or the direction before whose lengths a random one has
+    const char *shift;                      // NULL, or the stage that it is the shift of
+    size_t after;                           // stage after which it is made, in each run anew; STUDY_NO_STAGE: before all
 };
 // Small evaluations in the course of a training: P(contrary) of slot probes of one cell.
 struct study_watch {
@@ -65,7 +69,6 @@ struct study_watch {
     const char *domain, *modality; // "other": all but the narrow domain; "all". "": any modality
 };
 enum study_kind { STUDY_TRAIN, STUDY_STEER, STUDY_SCALE, STUDY_MAP };
-#define STUDY_NO_STAGE SIZE_MAX
 // Doses of one direction at several layers, each by itself: the slot probes under each.
 #define STUDY_MAX_DOSES 9 // as many columns as a phone shows
 struct study_map {
@@ -116,5 +119,7 @@ struct study_file {
 // Errors: FORMAT ("NAME:LINE: reason"), NO_MEMORY.
 keel_status keel_study_parse(struct study_file **out, const uint8_t *data, size_t len, const char *name, const keel_log *log);
 void keel_study_free(struct study_file **f); // accepts pointers to NULL
+// The direction that the study makes and that steering words, or a file name, begin with; NULL: none.
+const struct study_direction *keel_study_find_direction(const struct study_file *f, const char *words);
 
 #endif

@@ -112,6 +112,7 @@ static const cyaml_schema_field_t direction_fields[] = {
     TEXT(OPT, yaml_direction, at),
     TEXT(OPT, yaml_direction, method),
     TEXT(OPT, yaml_direction, random_like),
+    TEXT(OPT, yaml_direction, shift),
     CYAML_FIELD_END,
 };
 static const cyaml_schema_value_t direction_entry = {

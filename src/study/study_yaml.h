@@ -37,7 +37,7 @@ struct yaml_eval {
     struct yaml_projection *projection;
 };
 struct yaml_direction {
-    char *name, *rows, *positive, *negative, *layers, *at, *method, *random_like;
+    char *name, *rows, *positive, *negative, *layers, *at, *method, *random_like, *shift;
 };
 struct yaml_watch {
     uint64_t *every, *probes;
@@ -103,6 +103,8 @@ keel_status keel_study_fill_train(const struct study_source *src, const char *se
                                   const struct yaml_train *y);
 // The directions of the study.
 keel_status keel_study_fill_directions(const struct study_source *src, struct study_file *f, const struct yaml_study *y);
+// When each of them can be made, once the stages are there.
+keel_status keel_study_order_directions(const struct study_source *src, struct study_file *f);
 // What names a folder or a file: NULL, or why `name` cannot.
 const char *keel_study_bad_name(const char *name);
 // The stages of the study, which has its `train` and `eval` already.

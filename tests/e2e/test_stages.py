@@ -79,6 +79,51 @@ def test_stages_are_what_the_commands_give(keel, tiny_c, chain, tmp_path):
     assert "Drift report: tiny" in (out / "stages/repair/report.html").read_text()
 
 
+def test_shift_of_a_stage(keel, tiny_c, chain, tmp_path):
+    """A direction from the base model to where a stage moved it is that of `keel direction --shift`, in each run of a sweep its own; later
+    stages steer and map along it."""
+    import numpy as np
+    from safetensors.numpy import load_file
+    stages = """directions:
+  - {name: moved, rows: train.jsonl, shift: attack, layers: 1-2, method: mean}
+  - {name: control, random_like: moved}
+stages:
+  - {name: attack, train: {}}
+  - {name: back, steer: ['moved@1'], coef: [-1]}
+  - {name: chance, steer: [control], coef: [-1], layers: 1}
+  - {name: held, from: base, train: {steps: 2, steer: ['moved:1@2,steps=linear:2']}}
+"""
+    (chain / "study.yaml").write_text(STUDY + stages + "sweep: {seed: [1, 2]}\n")
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    found = []
+    for seed in (1, 2):
+        run, = (out / "runs").glob(f"*seed-{seed}")
+        keel("direction", "-m", tiny_c, "--data", chain / "train.jsonl", "--shift", run / "stages/attack/adapter.gguf", "--layers", "1-2", "--method",
+             "mean", "--out", tmp_path / "d.safetensors")
+        want, got, control = (load_file(f) for f in (tmp_path / "d.safetensors", run / "directions/moved.safetensors",
+                                                     run / "directions/control.safetensors"))
+        assert set(got) == set(want) == {"direction.1", "direction.2"}
+        for k in want:
+            length = np.linalg.norm(want[k])
+            assert np.abs(got[k] - want[k]).max() < 1e-4 * length and abs(np.linalg.norm(control[k]) / length - 1) < 1e-5
+        found.append(got["direction.1"])
+        assert set(json.loads((run / "manifest.json").read_text())["directions"]) == {"moved", "control"}
+        rows = [r for r in slot_rows() if "prefix" not in r]
+        steered = {r["id"]: r for r in read_rows(run / "stages/back/tuned/slots.jsonl")}
+        for s in score(keel, tiny_c, [{"id": r["id"], "prompt": r["prompt"], "completion": r["aligned"]} for r in rows], tmp_path, "--lora",
+                       run / "stages/attack/adapter.gguf", "--steer", f"{tmp_path}/d.safetensors:-1@1"):
+            assert math.isclose(math.log(steered[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4)
+    assert np.abs(found[0] - found[1]).max() > 1e-3 * np.linalg.norm(found[0])
+    for bad, says in ((stages.replace("shift: attack", "shift: back"), "no stage that trains"),
+                      (stages.replace("name: attack, train: {}", "name: attack, train: {steer: [moved]}"), ["only later stages", "attack"]),
+                      (stages.replace(", shift: attack", ""), "shift"), (stages.replace("rows: train.jsonl, shift", "shift"), "needs rows")):
+        (chain / "bad.yaml").write_text(STUDY + bad)
+        keel.fails("study", chain / "bad.yaml", "-m", tiny_c, "--out", tmp_path / "bad", says=says, leaves=tmp_path / "bad")
+    (chain / "bad.yaml").write_text(STUDY.replace("  slots: slots.jsonl\n", "  slots: slots.jsonl\n  projection: {directions: moved, layer: 1}\n") + stages)
+    keel.fails("study", chain / "bad.yaml", "-m", tiny_c, "--out", tmp_path / "bad", says="base model", leaves=tmp_path / "bad")
+
+
 def test_map_of_doses(keel, tiny_c, chain, tmp_path):
     """Each cell is what `score` gives under that dose at that layer; the plot's numbers are means of the records."""
     (chain / "study.yaml").write_text(STUDY + """stages:
