@@ -2,6 +2,7 @@
 // models/images.c: the images of a run: each file once, its soft tokens in host memory, filled in by the vision tower.
 // Owns the tower. Addresses of tokens never change, so that rows can point at them before they are known.
 #include "models.h"
+#include "formats.h"
 #include "platform.h"
 
 #include <keel/vision.h>
@@ -16,6 +17,7 @@ struct image {
     uint32_t n_views;
     float *embeds;  // [n_views, n_tokens, width]
     bool done, failed;
+    bool looked_at; // for which way up it is
 };
 
 struct keel_images {
@@ -139,6 +141,17 @@ out:
     return st;
 }
 
+// A photograph that its camera marked as lying on its side is seen so by the model: worth a line, once an image.
+static void note_orientation(const keel_images *s, struct image *im, const struct keel_map *map)
+{
+    const uint32_t turned = im->looked_at ? 1 : keel_image_orientation(map->data, map->len_bytes);
+    if (turned > 1) {
+        KEEL_INFO(s->log, "%s: EXIF says that the image is %s (orientation %u), which is ignored, as by transformers' processor; turn "
+                          "the pixels upright if the model should see it so", im->path, turned == 2 ? "mirrored" : "turned", turned);
+    }
+    im->looked_at = true;
+}
+
 static keel_status encode(keel_images *s, keel_device *dev, struct image *im)
 {
     keel_status st = KEEL_OK;
@@ -148,6 +161,7 @@ static keel_status encode(keel_images *s, keel_device *dev, struct image *im)
     }
     KEEL_TRY(keel_map_open(&map, im->path, s->log));
     im->content = keel_hash(KEEL_HASH_INIT, map.data, map.len_bytes);
+    note_orientation(s, im, &map);
 out:
     keel_map_close(&map);
     return st;

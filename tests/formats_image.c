@@ -152,6 +152,36 @@ static void test_truncated(void **state)
     }
 }
 
+static void test_orientation(void **state)
+{
+    static const char *const upright[] = { "rgb.png", "colour.jpg", "progressive.jpg", "rgb.bmp", "two_frames.gif" };
+    static const char *const turned[] = { "turned.jpg", "turned.png" };
+    (void)state;
+    for (size_t i = 0; i < KEEL_COUNT(upright); i++) {
+        struct keel_map map = open_file(upright[i]);
+        assert_int_equal(keel_image_orientation(map.data, map.len_bytes), 1);
+        keel_map_close(&map);
+    }
+    assert_int_equal(keel_image_orientation((const uint8_t *)"", 0), 1);
+    for (size_t i = 0; i < KEEL_COUNT(turned); i++) {
+        struct keel_map map = open_file(turned[i]);
+        assert_int_equal(keel_image_orientation(map.data, map.len_bytes), 6);
+        // Cut or damaged anywhere: some orientation, and nothing read beyond the end.
+        const size_t n = KEEL_MIN(map.len_bytes, (size_t)400);
+        for (size_t len = 0; len < n; len++) {
+            uint8_t *copy = exact_copy(map.data, len);
+            const uint32_t x = keel_image_orientation(copy, len);
+            assert_true(x == 1 || x == 6);
+            free(copy);
+            copy = exact_copy(map.data, n);
+            copy[len] ^= 0xff;
+            assert_in_range(keel_image_orientation(copy, n), 1, 8);
+            free(copy);
+        }
+        keel_map_close(&map);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -159,6 +189,7 @@ int main(void)
         cmocka_unit_test(test_resize),
         cmocka_unit_test(test_bad),
         cmocka_unit_test(test_truncated),
+        cmocka_unit_test(test_orientation),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -296,6 +296,8 @@ keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_
 keel_status keel_image_size(uint32_t *width, uint32_t *height, const uint8_t *data, size_t len, const char *name,
                             const keel_log *log);
 void keel_image_finish(struct keel_image *image); // frees; accepts all-zero
+// EXIF orientation of a JPEG or PNG file, 1 to 8; 1, upright, where there is none or it is damaged.
+uint32_t keel_image_orientation(const uint8_t *data, size_t len);
 struct keel_box {
     uint32_t x, y, width, height; // pixels, from the left and from the top
 };

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 import lora
 import texts
 import tiny_vision
-from keelcli import generate, read_log, score, train, train_args, write_rows
+from keelcli import generate, read_log, read_rows, score, train, train_args, write_rows
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is missing; tests/README.md says how to make the environment")
 
@@ -269,6 +269,25 @@ def test_train_again_from_the_cache_and_resume(keel, make_pair):
                    says="images hash")
     finally:
         (folder / "p3.png").write_bytes(old)
+
+
+def test_exif_orientation_is_noted_once(keel, make_pair):
+    """The pixels are taken as they are, and a line says so: once an image, also when its tokens come from the cache."""
+    model, mmproj, vlm, folder = make_pair("tiny_a")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / "p0.png").save(folder / "turned.png", exif=exif)
+    rows = [{"prompt": f"<image> {i}", "completion": " the book", "images": [name]}
+            for i, name in enumerate(("turned.png", "p1.png", "turned.png"))]
+    same = [dict(r, images=[n.replace("turned", "p0") for n in r["images"]]) for r in rows]
+    data = write_rows(folder / "exif.jsonl", rows)
+    for _ in range(2):
+        r = keel("score", "-m", model, "--mmproj", mmproj, "--data", data, "--out", folder / "exif.out")
+        lines = [l for l in r.err.splitlines() if "EXIF" in l]
+        assert len(lines) == 1 and "turned.png" in lines[0] and "orientation 6" in lines[0], r.err
+    got = [r["token_logprobs"] for r in read_rows(folder / "exif.out")]
+    assert got == [r["token_logprobs"] for r in run_score(keel, (model, mmproj, vlm, folder), same)]
+    assert "EXIF" not in keel("score", "-m", model, "--mmproj", mmproj, "--data", data, "--out", folder / "exif.out", "-q").err
 
 
 def test_info(keel, make_pair):

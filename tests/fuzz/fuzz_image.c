@@ -5,6 +5,7 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
     struct keel_image image, small;
+    (void)keel_image_orientation(data, len);
     if (keel_image_decode(&image, data, len, "fuzz", &fuzz_silent) != KEEL_OK) {
         return 0;
     }

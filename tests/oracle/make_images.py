@@ -42,6 +42,10 @@ def main():
     for name, (image, options) in files.items():
         image.save(OUT / name, **options)
         Image.open(OUT / name).convert("RGB").save(OUT / f"{name}.ppm")
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "camera", 6  # maker, orientation: turned by a quarter
+    for name in ("turned.jpg", "turned.png"):
+        rgb.save(OUT / name, exif=exif)
     for w, h in SIZES:
         rgb.resize((w, h), Image.BILINEAR).save(OUT / f"rgb.png.{w}x{h}.ppm")
     # 16 bits: Pillow clips such greys at 255, keel keeps the upper 8 bits; they are those of grey.png.
