@@ -50,9 +50,7 @@ uint32_t keel_cpu_count(void);       // at least 1
 // Runs `job(user, i)` for every i in [0, n) on up to `keel_cpu_count()` threads; returns when all are done.
 void keel_parallel_for(uint32_t n, void (*job)(void *user, uint32_t i), void *user);
 
-// Installs a handler for SIGINT and SIGTERM that sets a flag; a second signal ends the process at once.
-void keel_interrupt_install(void);
-bool keel_interrupted(void);
+bool keel_interrupted(void); // keel_interrupt() was called (keel/status.h)
 
 // Runs a program found in PATH with `argv` (NULL-terminated), stdin closed, stdout and stderr discarded. Returns its exit
 // code, or -1 if it could not be started.

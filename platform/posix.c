@@ -325,20 +325,14 @@ void keel_parallel_for(uint32_t n, void (*job)(void *user, uint32_t i), void *us
 
 static volatile sig_atomic_t interrupted;
 
-static void on_signal(int sig)
+void keel_interrupt(void)
 {
-    if (interrupted) {
-        _exit(128 + sig);
-    }
     interrupted = 1;
 }
 
-void keel_interrupt_install(void)
+void keel_interrupt_clear(void)
 {
-    struct sigaction sa = { .sa_handler = on_signal, .sa_flags = SA_RESTART };
-    sigemptyset(&sa.sa_mask);
-    sigaction(SIGINT, &sa, NULL);
-    sigaction(SIGTERM, &sa, NULL);
+    interrupted = 0;
 }
 
 bool keel_interrupted(void)

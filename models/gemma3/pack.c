@@ -143,7 +143,7 @@ static keel_status write_tensor(struct batch *b, keel_gguf_writer *w, const stru
         const uint64_t from = keel_dtype_bytes(t->from, b->first), bytes = keel_dtype_bytes(t->from, n);
         keel_map_done_with(t->map, (size_t)(t->data - t->map->data) + (size_t)from, (size_t)bytes);
         *done += bytes;
-        if (params->progress && !params->progress(params->user, *done, total)) {
+        if ((params->progress && !params->progress(params->user, *done, total)) || keel_interrupted()) {
             KEEL_FAIL(log, KEEL_INTERRUPTED, "%s: stopped; nothing was written", name);
         }
     }

@@ -305,6 +305,10 @@ keel_status keel_tower_run(const keel_vision *v, const float *patches, float *to
     KEEL_TRY(keel_upload(v->dev, t->acts.patches, patches, (size_t)c->n_patches * keel_patch_cols(c) * sizeof *patches));
     keel_tower_embed(&pass, t->acts.x);
     for (uint32_t i = 0; i < c->n_layers; i++) {
+        if (keel_interrupted()) { // a block of the 4B's tower takes a CPU driver seconds
+            st = KEEL_INTERRUPTED;
+            goto out;
+        }
         keel_tower_block(&pass, i, t->acts.x, t->acts.x);
     }
     keel_tower_project(&pass, t->acts.x);

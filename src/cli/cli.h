@@ -118,7 +118,7 @@ void say(const struct context *c, enum keel_log_level level, const char *fmt, ..
 
 // --- signals -------------------------------------------------------------------------------------
 
-// SIGINT and SIGTERM set a flag that the progress callbacks read; the second one ends the process.
+// SIGINT and SIGTERM set a flag that the progress callbacks read, and tell the library; the second one ends the process.
 void stop_install(void);
 bool stop_asked(void);
 void stop_breaks_reads(bool on); // whether a signal makes a read that waits return; off at first

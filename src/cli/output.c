@@ -20,6 +20,7 @@ static void on_signal(int sig)
         _exit(128 + sig);
     }
     stopped = 1;
+    keel_interrupt(); // what has no progress callback looks there
 }
 
 void stop_breaks_reads(bool on)

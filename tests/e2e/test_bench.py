@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """bench: phases, ops, comparison with a saved run, and the trace of a step."""
 import json
+import signal
 
 import pytest
 
@@ -76,3 +77,12 @@ def test_compare_with_no_run_is_an_error(keel, tiny_a, tmp_path):
         keel.fails("bench", "-m", tiny_a, "--compare", tmp_path / name, says=(name, word))
     keel.fails("bench", "-m", tiny_a, *SMALL, "--no-ops", "--trace", tmp_path / "t.json", says="t.json", leaves=tmp_path)
     keel.fails("bench", "-m", tiny_a, *SMALL, "--trace", tmp_path / "no" / "t.json", says="no/t.json", leaves=tmp_path)
+
+
+def test_ctrl_c_reaches_what_has_no_progress_callback(keel, tiny_a):
+    """The signal handler tells the library, which looks between repeats."""
+    p = keel.start("bench", "-m", tiny_a, *SMALL[:-2], "--repeats", 1000)
+    while b"prefill: 2/" not in (line := p.stderr.readline()) and line:
+        pass
+    p.send_signal(signal.SIGINT)
+    assert p.wait(timeout=60) == 1

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Hugging Face folders, convert and quantize: against transformers, the tokenizers library, gguf-py and llama.cpp."""
+import ctypes as C
 import json
 import random
 import shutil
 import struct
+import subprocess
 from collections import Counter
 
 import gguf
@@ -14,6 +16,7 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.torch import load_file, save_file
 
 import hf_models
+import keellib
 import texts
 import tiny_models
 from keelcli import generate, score, tokenize
@@ -379,6 +382,36 @@ def test_a_folder_is_converted_once(keel, folders, tmp_path):
     save_file(sd, folder / "model.safetensors")
     keel("info", folder, env=env)
     assert len(made()) == 3
+
+
+def test_stopped_while_a_folder_is_converted(folders, tmp_path, monkeypatch):
+    """Ctrl-C, and a kill: nothing half-written under a model's name, and the next run converts and clears what is left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lib, folder, made = keellib.Lib(), folders["vision"][0], lambda: sorted((tmp_path / "cache/keel/models").iterdir())
+
+    def open_both():
+        model, tower = C.c_void_p(), C.c_void_p()
+        try:
+            lib.call("keel_model_open", C.byref(model), str(folder).encode(), C.byref(lib.log))
+            lib.call("keel_vision_open", C.byref(tower), str(folder).encode(), None, C.byref(lib.log))
+        finally:
+            lib.c.keel_vision_close(C.byref(tower))
+            lib.c.keel_model_close(C.byref(model))
+
+    lib.c.keel_interrupt()  # as the program's signal handler does
+    with pytest.raises(keellib.Error, match="nothing was written"):
+        open_both()
+    assert made() == []
+    lib.c.keel_interrupt_clear()
+    open_both()
+    files = made()
+    assert [f.suffix for f in files] == [".gguf"] * 2
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for f in files:
+        f.rename(f.with_name(f"{f.name}.tmp-{gone.pid}"))
+    open_both()
+    assert made() == files, "converted again, and what the killed process left is gone"
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

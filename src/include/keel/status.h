@@ -33,6 +33,11 @@ typedef enum keel_status {
     KEEL_OVER_BUDGET,     // a drift budget was exceeded
 } keel_status;
 
+// Asks whatever this process is computing to end soon with INTERRUPTED, and all that begins later too, until it is cleared. Both may
+// be called by signal handlers and by any thread.
+KEEL_API void keel_interrupt(void);
+KEEL_API void keel_interrupt_clear(void);
+
 // A short English name for `status`, such as "out of memory". Never NULL; static storage. Thread-safe.
 KEEL_API const char *keel_status_text(keel_status status);
 
