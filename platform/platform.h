@@ -35,6 +35,12 @@ bool keel_path_exists(const char *path);
 bool keel_path_is_dir(const char *path);
 // Size and time of the last change in nanoseconds; false, and both untouched, if there is no such file.
 bool keel_path_stamp(const char *path, uint64_t *bytes, uint64_t *changed_ns);
+// Says that a file was of use just now, which keel_folder_trim() looks at. A hint; never fails.
+void keel_path_touch(const char *path);
+// Removes files of a folder whose names end in `suffix`, the longest unused first, until the others take at most `keep_bytes`,
+// and what killed processes left of such files. Returns what the others take. Files that come or go meanwhile are no error, so
+// several processes may trim one folder.
+uint64_t keel_folder_trim(const char *folder, const char *suffix, uint64_t keep_bytes);
 // XDG cache folder for keel, created on first use ("$XDG_CACHE_HOME/keel" or "$HOME/.cache/keel"). False if there is none.
 bool keel_cache_dir(char *out, size_t out_bytes);
 // Value of an environment variable or NULL. The only getenv outside src/cli.

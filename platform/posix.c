@@ -71,7 +71,18 @@ void keel_map_done_with(const struct keel_map *map, size_t offset, size_t len)
     }
 }
 
-// Removes PATH.tmp-PID of processes that are gone: killed while they wrote.
+// Whether the end of a file name, ".tmp-PID", is of a process that is gone: killed while it wrote.
+static bool is_leftover(const char *end_of_name)
+{
+    char *end;
+    if (strncmp(end_of_name, ".tmp-", 5) != 0) {
+        return false;
+    }
+    const long pid = strtol(end_of_name + 5, &end, 10);
+    return pid > 0 && *end == '\0' && kill((pid_t)pid, 0) != 0 && errno == ESRCH;
+}
+
+// Of the file that is about to be written.
 static void remove_leftovers(const char *path)
 {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
@@ -79,12 +90,7 @@ static void remove_leftovers(const char *path)
     char *folder = slash ? strndup(path, (size_t)(slash - path) + 1) : strdup(".");
     DIR *d = folder ? opendir(folder) : NULL;
     for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) {
-        if (strncmp(e->d_name, name, n) != 0 || strncmp(e->d_name + n, ".tmp-", 5) != 0) {
-            continue;
-        }
-        char *end;
-        const long pid = strtol(e->d_name + n + 5, &end, 10);
-        if (pid > 0 && *end == '\0' && kill((pid_t)pid, 0) != 0 && errno == ESRCH) {
+        if (strncmp(e->d_name, name, n) == 0 && is_leftover(e->d_name + n)) {
             (void)unlinkat(dirfd(d), e->d_name, 0);
         }
     }
@@ -223,6 +229,84 @@ bool keel_path_stamp(const char *path, uint64_t *bytes, uint64_t *changed_ns)
     *bytes = (uint64_t)sb.st_size;
     *changed_ns = (uint64_t)sb.st_mtim.tv_sec * 1000000000u + (uint64_t)sb.st_mtim.tv_nsec;
     return true;
+}
+
+void keel_path_touch(const char *path)
+{
+    (void)utimensat(AT_FDCWD, path, NULL, 0);
+}
+
+// --- trimming a folder ---------------------------------------------------------------------------
+
+struct trim_file {
+    char name[256];
+    uint64_t bytes, used_ns;
+};
+
+struct trim_list {
+    struct trim_file *at;
+    size_t n, cap;
+    uint64_t bytes;
+};
+
+static int longest_unused_first(const void *a, const void *b)
+{
+    const struct trim_file *x = a, *y = b;
+    return x->used_ns != y->used_ns ? (x->used_ns < y->used_ns ? -1 : 1) : strcmp(x->name, y->name);
+}
+
+// A file that cannot be looked at, or does not fit into memory, is as if it were not there.
+static void trim_add(struct trim_list *l, int folder, const char *name)
+{
+    struct stat sb;
+    if (strlen(name) >= sizeof l->at->name || fstatat(folder, name, &sb, AT_SYMLINK_NOFOLLOW) != 0 || !S_ISREG(sb.st_mode)) {
+        return;
+    }
+    if (l->n == l->cap) {
+        const size_t cap = l->cap ? l->cap * 2 : 64;
+        struct trim_file *at = realloc(l->at, cap * sizeof *at);
+        if (!at) {
+            return;
+        }
+        l->at = at;
+        l->cap = cap;
+    }
+    struct trim_file *f = &l->at[l->n++];
+    *f = (struct trim_file){
+        .bytes = (uint64_t)sb.st_size,
+        .used_ns = (uint64_t)sb.st_mtim.tv_sec * 1000000000u + (uint64_t)sb.st_mtim.tv_nsec,
+    };
+    memcpy(f->name, name, strlen(name) + 1);
+    l->bytes += f->bytes;
+}
+
+uint64_t keel_folder_trim(const char *folder, const char *suffix, uint64_t keep_bytes)
+{
+    struct trim_list l = { 0 };
+    const size_t n_suffix = strlen(suffix);
+    DIR *d = opendir(folder);
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) {
+        const size_t n = strlen(e->d_name);
+        const char *tmp = strstr(e->d_name, ".tmp-");
+        if (n >= n_suffix && strcmp(e->d_name + n - n_suffix, suffix) == 0) {
+            trim_add(&l, dirfd(d), e->d_name);
+        } else if (tmp && (size_t)(tmp - e->d_name) >= n_suffix && strncmp(tmp - n_suffix, suffix, n_suffix) == 0 && is_leftover(tmp)) {
+            (void)unlinkat(dirfd(d), e->d_name, 0);
+        }
+    }
+    if (l.bytes > keep_bytes) {
+        qsort(l.at, l.n, sizeof *l.at, longest_unused_first);
+    }
+    for (size_t i = 0; i < l.n && l.bytes > keep_bytes; i++) {
+        if (unlinkat(dirfd(d), l.at[i].name, 0) == 0 || errno == ENOENT) {
+            l.bytes -= l.at[i].bytes;
+        }
+    }
+    if (d) {
+        (void)closedir(d);
+    }
+    free(l.at);
+    return l.bytes;
 }
 
 bool keel_cache_dir(char *out, size_t out_bytes)

@@ -50,6 +50,7 @@ keel_status keel_vision_open(keel_vision **out, const char *path, const keel_mod
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "%s: no memory to open the vision tower", path);
     }
     v->log = log;
+    KEEL_TRY(keel_vision_cache_open(v));
     KEEL_TRY(keel_map_open(&v->map, file, log));
     KEEL_TRY(keel_gguf_parse(&v->gguf, v->map.data, v->map.len_bytes, path, log));
     KEEL_TRY(keel_siglip_read(&v->cfg, &v->src, v->gguf, log));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // gemma3/vision_cache.c: soft tokens of images on disk, so that epochs, studies and evaluations compute each image once.
 // One file an image and tower: "vision/KEY.tokens" in the cache folder. A file that is damaged or of something else is as good
-// as none. Files of towers no longer in use stay until the user removes the folder.
+// as none. Above a size the longest unused go. Processes may share the folder: a file appears complete, or not at all.
 #include "vision_internal.h"
 
 #include <inttypes.h>
@@ -14,6 +14,7 @@ struct entry {
     uint64_t pixels, tower; // hashes; that of the tower includes the adapters and hooks in force
     uint64_t checksum;      // of the tokens that follow, f32
 };
+static const char suffix[] = ".tokens";
 static const char magic[8] = {'K', 'E', 'E', 'L', 'I', 'M', 'G', '1'};
 
 static struct entry entry_of(const keel_vision *v, uint64_t pixels)
@@ -34,8 +35,36 @@ static bool entry_path(const struct entry *e, bool folder, char *out, size_t n)
         return false;
     }
     const uint64_t key = keel_hash(KEEL_HASH_INIT, e, offsetof(struct entry, checksum));
-    const int len = folder ? snprintf(out, n, "%s/vision", dir) : snprintf(out, n, "%s/vision/%016" PRIx64 ".tokens", dir, key);
+    const int len = folder ? snprintf(out, n, "%s/vision", dir) : snprintf(out, n, "%s/vision/%016" PRIx64 "%s", dir, key, suffix);
     return len > 0 && (size_t)len < n;
+}
+
+#define DEFAULT_LIMIT (UINT64_C(2) << 30) // 800 images of the 4B
+
+keel_status keel_vision_cache_open(keel_vision *v)
+{
+    const char *limit = keel_env("KEEL_IMAGE_CACHE");
+    v->cache_limit = DEFAULT_LIMIT;
+    if (limit && *limit && !keel_parse_size(limit, &v->cache_limit)) {
+        KEEL_ERROR(v->log, "KEEL_IMAGE_CACHE=%s: not a size such as 512M or 2.5G; it bounds the images kept on disk, 0 keeps none", limit);
+        return KEEL_ERR_ARG;
+    }
+    return KEEL_OK;
+}
+
+// What is left when the limit was passed: less than it, so that not every image costs a look at the folder.
+static uint64_t trimmed_bytes(const keel_vision *v)
+{
+    return v->cache_limit / 10 * 9;
+}
+
+// After an entry was written. What other processes write in the meantime is seen when this one trims.
+static void trim(keel_vision *v, const char *folder, uint64_t written)
+{
+    v->cache_bytes = v->cache_bytes > 0 ? v->cache_bytes + written : keel_folder_trim(folder, suffix, UINT64_MAX);
+    if (v->cache_bytes > v->cache_limit) {
+        v->cache_bytes = keel_folder_trim(folder, suffix, trimmed_bytes(v));
+    }
 }
 
 bool keel_vision_cache_read(const keel_vision *v, uint64_t pixels, float *tokens)
@@ -45,7 +74,7 @@ bool keel_vision_cache_read(const keel_vision *v, uint64_t pixels, float *tokens
     const size_t bytes = (size_t)want.n_tokens * want.width * sizeof *tokens;
     struct keel_map map = {0};
     char path[4200];
-    if (!entry_path(&want, false, path, sizeof path) || !keel_path_exists(path) || keel_map_open(&map, path, &silent) != KEEL_OK) {
+    if (v->cache_limit == 0 || !entry_path(&want, false, path, sizeof path) || !keel_path_exists(path) || keel_map_open(&map, path, &silent) != KEEL_OK) {
         return false;
     }
     bool ok = map.len_bytes == sizeof got + bytes;
@@ -56,6 +85,7 @@ bool keel_vision_cache_read(const keel_vision *v, uint64_t pixels, float *tokens
     }
     if (ok) {
         memcpy(tokens, map.data + sizeof got, bytes);
+        keel_path_touch(path);
     } else {
         KEEL_DEBUG(v->log, "%s: damaged or not of this image; it is computed again", path);
     }
@@ -70,6 +100,9 @@ void keel_vision_cache_write(keel_vision *v, uint64_t pixels, const float *token
     const size_t n = (size_t)e.n_tokens * e.width;
     struct keel_file_out f = {0};
     char dir[4200], path[4200];
+    if (sizeof e + n * sizeof *tokens > trimmed_bytes(v)) {
+        return; // it could not stay
+    }
     if (!entry_path(&e, true, dir, sizeof dir) || !entry_path(&e, false, path, sizeof path)) {
         return; // no cache folder on this system
     }
@@ -82,6 +115,9 @@ void keel_vision_cache_write(keel_vision *v, uint64_t pixels, const float *token
         fwrite(&e, sizeof e, 1, f.f);
         fwrite(tokens, sizeof *tokens, n, f.f);
         st = keel_file_commit(&f, &silent);
+    }
+    if (st == KEEL_OK) {
+        trim(v, dir, sizeof e + n * sizeof *tokens);
     }
     if (st != KEEL_OK && !v->cache_warned) {
         KEEL_WARN(v->log, "%s: cannot be written (%s); images will be encoded again in the next run", dir, keel_status_text(st));

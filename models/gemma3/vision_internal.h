@@ -82,6 +82,7 @@ struct keel_vision {
     uint32_t n_owned;
     struct keel_pan_and_scan crops;  // max_crops 0: whole images only
     bool cache_warned;
+    uint64_t cache_limit, cache_bytes; // what entries may take; about what they take, 0 until one was written
     keel_hooks *hooks; // borrowed: those at sites of the tower are in force; NULL: none
     uint32_t capture_row, capture_first; // number of the row whose image is run, of the image's first patch in it: for captures
 };
@@ -177,6 +178,8 @@ keel_status keel_vision_patches(const keel_vision *vision, const char *image_pat
 
 // --- disk cache (vision_cache.c) ------------------------------------------------------------------
 
+// Reads the size that entries may take from the environment. Errors: ARG (not a size).
+keel_status keel_vision_cache_open(keel_vision *vision);
 // `pixels`: hash of the decoded image; vision->info.hash must be known. False when there is no sound entry.
 bool keel_vision_cache_read(const keel_vision *vision, uint64_t pixels, float *tokens);
 // A failure is a warning, once.

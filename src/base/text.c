@@ -2,6 +2,7 @@
 // base/text.c: growing byte strings and UTF-8 checks.
 #include "base.h"
 
+#include <ctype.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,6 +51,26 @@ void keel_text_addf(struct keel_text *t, const char *fmt, ...)
         t->len += (size_t)n;
     }
     va_end(again);
+}
+
+bool keel_parse_size(const char *text, uint64_t *out)
+{
+    static const char suffix[] = "KMG";
+    char *end;
+    if (!isdigit((unsigned char)text[0])) { // strtod() takes signs, spaces and words
+        return false;
+    }
+    double x = strtod(text, &end);
+    const char *at = *end ? strchr(suffix, toupper((unsigned char)*end)) : NULL;
+    if (at) {
+        x *= (double)(1ull << (10 * (at - suffix + 1)));
+        end++;
+    }
+    if (*end) {
+        return false;
+    }
+    *out = x < 1.8e19 ? (uint64_t)x : UINT64_MAX;
+    return true;
 }
 
 void keel_text_finish(struct keel_text *t)

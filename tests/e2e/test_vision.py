@@ -2,6 +2,9 @@
 """Images to soft tokens: parity with transformers, the disk cache, files that are bad."""
 import dataclasses
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,92 @@ def test_cache_that_cannot_be_written(lib, towers, tmp_path, monkeypatch):
     assert np.isfinite(v.encode(file)).all() and "cannot be written" in lib.messages[-1]
     assert np.isfinite(v.encode(file)).all() and not lib.messages, "one warning is enough"
     v.close()
+
+
+def test_cache_is_bounded(lib, towers, tmp_path, monkeypatch):
+    """Above KEEL_IMAGE_CACHE the longest unused go; 0 keeps none; what is no size is an error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, f in enumerate(files):
+        Image.fromarray(tiny_vision.picture(40, 30, 100 + i)).save(f)
+    entries = lambda: {p: p.stat().st_size for p in (tmp_path / "keel/vision").glob("*")}
+
+    def tower(limit):
+        monkeypatch.setenv("KEEL_IMAGE_CACHE", str(limit))
+        return lib.vision(towers["vis_a"][3])
+
+    def kept(v):
+        out = []
+        for i, f in enumerate(files):
+            try:
+                v.encode(f, device=False)
+                out.append(i)
+            except keellib.Error:
+                pass
+        return out
+
+    v = tower("1G")
+    v.encode(files[0])
+    (size,) = entries().values()
+    for f in files[1:6]:
+        v.encode(f)
+    v.encode(files[0])  # of use again
+    v.close()
+    v = tower(6 * size)
+    assert kept(v) == list(range(6))
+    for i in (1, 2, 3, 4, 5, 0):  # from the cache: 0 is the one used last
+        v.encode(files[i], device=False)
+        time.sleep(0.02)  # file times have the resolution of the kernel's tick
+    v.encode(files[6])  # the seventh: trimmed to nine tenths of six
+    assert kept(v) == [0, 3, 4, 5, 6] and sum(entries().values()) <= 6 * size
+    for f in files[7:]:
+        v.encode(f)
+        assert sum(entries().values()) <= 6 * size
+    assert files.index(files[-1]) in kept(v)
+    v.close()
+    left = entries()
+    v = tower(0)
+    v.encode(files[0])
+    assert kept(v) == [] and entries() == left, "neither read nor written"
+    v.close()
+    v = tower(size)
+    v.encode(files[0])
+    assert entries() == left, "an entry that could not stay is not written"
+    v.close()
+    with pytest.raises(keellib.Error, match="KEEL_IMAGE_CACHE=lots: not a size"):
+        tower("lots")
+
+
+ENCODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import keellib
+v = keellib.Lib().vision(sys.argv[2])
+for _ in range(6):
+    for f in sys.argv[3:]:
+        print(v.encode(f).tobytes().hex()[:4000])
+"""
+
+
+def test_cache_of_two_processes(lib, towers, tmp_path, monkeypatch):
+    """Three processes write and trim one folder at once: each gets the right tokens, and no file stays that is not whole."""
+    path, files = towers["vis_a"][3], [tmp_path / f"{i}.png" for i in range(5)]
+    for i, f in enumerate(files):
+        Image.fromarray(tiny_vision.picture(40, 30, 200 + i)).save(f)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("KEEL_IMAGE_CACHE", "0")
+    v = lib.vision(path)
+    want = [v.encode(f).tobytes().hex()[:4000] for f in files]
+    size = v.info.n_tokens * v.info.out_width * 4 + 64
+    v.close()
+    monkeypatch.setenv("KEEL_IMAGE_CACHE", str(3 * size))
+    argv = [sys.executable, "-c", ENCODE, str(Path(__file__).parent), str(path), *map(str, files)]
+    running = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for p in running:
+        out, _ = p.communicate(timeout=300)
+        assert p.returncode == 0 and out.split() == want * 6
+    entries = list((tmp_path / "keel/vision").iterdir())
+    assert entries and all(p.suffix == ".tokens" for p in entries) and len({p.stat().st_size for p in entries}) == 1
 
 
 @pytest.mark.parametrize("data,says", [
