@@ -75,7 +75,16 @@ else
         VK_ICD_FILENAMES=$swiftshader unit build "unit tests on SwiftShader" --timeout-multiplier 3
         VK_ICD_FILENAMES=$swiftshader KEEL_TEST_TIMEOUT=600 e2e "scores and training on SwiftShader" -k "test_tiny or test_lora or test_perplexity"
     fi
-    matrix=$(python3 tests/drivers.py build) || true
+    need_packages "${CROSS_PACKAGES[@]}"
+    arm64=()
+    if { [ -f build-root-arm64/cross.ini ] || cross/sysroot arm64 build-root-arm64; } &&
+        build_keel build-arm64 --cross-file build-root-arm64/cross.ini; then
+        arm64=(--arm64 build-root-arm64 build-arm64)
+        count 1 0 "build for arm64"
+    else
+        count 0 1 "build for arm64"
+    fi
+    matrix=$(python3 tests/drivers.py build "${arm64[@]}") || true
     echo "$matrix"
     # shellcheck disable=SC2046
     count $(tail -n 1 <<<"$matrix" | sed 's/\([0-9]*\) passed, \([0-9]*\) failed/\1 \2/') "kernels and the clerk on every driver"

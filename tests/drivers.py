@@ -3,9 +3,9 @@
 """drivers.py BUILD [--only NAME]: the op tests and `keel doctor --quick` (kernel variants, then the clerk end to end) on every Vulkan
 driver and clamp profile at hand; prints one table and, last, "N passed, M failed".
 
-Drivers: the system's lavapipe at vector widths 128, 256 and 512 (subgroups of 4, 8, 16), SwiftShader where Chromium is installed, and with
-KEEL_MESA_RUN a newer Mesa: a command that runs its arguments with that driver, such as "mesa-root ROOT run". Libraries that its root lacks
-are handed over through LD_LIBRARY_PATH.
+Drivers: the system's lavapipe at vector widths 128, 256 and 512 (subgroups of 4, 8, 16), SwiftShader where Chromium is installed, with
+KEEL_MESA_RUN a newer Mesa: a command that runs its arguments with that driver, such as "mesa-root ROOT run", and with --arm64 lavapipe on
+that processor under qemu. Libraries that a newer Mesa's root lacks are handed over through LD_LIBRARY_PATH.
 """
 import argparse
 import json
@@ -53,6 +53,15 @@ def run(argv, env, prefix, cwd):
     return p, time.time() - start
 
 
+def arm64(args):
+    """The row of an arm64 build: op tests alone, the doctor would take an hour under qemu."""
+    root, build = args.arm64
+    icd = next((root / "usr/share/vulkan/icd.d").glob("lvp_icd*.json"))
+    with tempfile.TemporaryDirectory() as cache:
+        env = {"VK_ICD_FILENAMES": f"/{icd.relative_to(root)}", "XDG_CACHE_HOME": cache}
+        return op_tests(build.resolve(), env, ["qemu-aarch64-static", "-L", root.resolve()])
+
+
 def op_tests(build, env, prefix):
     """Names of the op tests that failed; a test without a device (77) counts as failed here."""
     bad, n, seconds = [], 0, 0
@@ -91,6 +100,7 @@ def main():
     a.add_argument("build", type=Path)
     a.add_argument("--only", default="", help="rows whose name holds this")
     a.add_argument("--no-ops", action="store_true", help="the doctor alone")
+    a.add_argument("--arm64", type=Path, nargs=2, metavar=("SYSROOT", "BUILD"), help="also under qemu (docs/cross-building.md)")
     args = a.parse_args()
     build = args.build.resolve()
     passed = failed = 0
@@ -106,6 +116,11 @@ def main():
             passed, failed = passed + n - len(bad) + (rc == 0), failed + len(bad) + (rc != 0)
             print(f"{name:<22} {f'{n - len(bad)}/{n}' if n else '-':<14} {'right' if rc == 0 else 'WRONG':<7} {seconds + s:7.0f}  "
                   f"{describe(j)}{'; failed: ' + ' '.join(bad) if bad else ''}", flush=True)
+        if args.arm64 and args.only in "arm64 lavapipe":
+            bad, n, seconds = arm64(args)
+            passed, failed = passed + n - len(bad), failed + len(bad)
+            print(f"{'arm64 lavapipe':<22} {f'{n - len(bad)}/{n}':<14} {'-':<7} {seconds:7.0f}  under qemu"
+                  f"{'; failed: ' + ' '.join(bad) if bad else ''}", flush=True)
     print(f"{passed} passed, {failed} failed")
     return 1 if failed or passed == 0 else 0
 

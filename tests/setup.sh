@@ -7,6 +7,7 @@ BUILD_PACKAGES=(gcc libc6-dev meson ninja-build pkg-config python3 python3-venv 
     libcmocka-dev)
 TEST_PACKAGES=(vulkan-validationlayers)
 FULL_PACKAGES=(clang llvm chromium)
+CROSS_PACKAGES=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)
 
 say() { printf '%s\n' "== $*"; }
 
