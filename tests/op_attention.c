@@ -15,6 +15,7 @@ struct att_case {
     int slack;  // max_span and so on are so much larger than need be
     int first;  // RING only: position of token 0, with R cache rows
     int R;
+    enum keel_dtype type; // of keys and values
 };
 
 // What both directions need of a case.
@@ -25,7 +26,8 @@ struct att_setup {
     struct keel_token_span *spans;
     uint32_t max_union, max_q_union;
     double scale;
-    double *q, *k, *v, *o, *p; // o and p by the reference
+    double *q, *k, *v, *o, *p; // o and p by the reference, from k and v as the cache holds them
+    uint32_t *k_words, *v_words; // packed, unless they are f32
 };
 
 static void record_fwd(keel_recorder *rec, const void *p)
@@ -104,8 +106,9 @@ static void fill_spans(struct op_test *t, struct att_setup *s, const struct att_
 
 static struct att_setup set_up(struct op_test *t, const struct att_case *c, const char *what)
 {
-    op_begin(t, "%s %s T=%d H=%d G=%d d=%d chunk=%d slack=%d first=%d R=%d", what, mask_names[c->mask], c->T, c->H, c->G, c->d,
-             c->chunk, c->slack, c->first, c->R);
+    const struct keel_dtype_info *type = keel_dtype_info(c->type);
+    op_begin(t, "%s %s T=%d H=%d G=%d d=%d chunk=%d slack=%d first=%d R=%d %s", what, mask_names[c->mask], c->T, c->H, c->G, c->d,
+             c->chunk, c->slack, c->first, c->R, type->name);
     struct att_setup s = { .R = c->R ? c->R : c->T, .scale = (double)(1 / sqrtf((float)c->d)) };
     fill_spans(t, &s, c);
     s.n_q = (size_t)c->T * c->H * c->d;
@@ -114,10 +117,23 @@ static struct att_setup set_up(struct op_test *t, const struct att_case *c, cons
     s.q = op_draw(t, s.n_q, 2); // scores of order 4: probabilities from 1 down to 1e-6
     s.k = op_draw(t, s.n_kv, 2);
     s.v = op_draw(t, s.n_kv, 1);
+    if (c->type != KEEL_F32) {
+        const size_t heads = (size_t)s.R * c->G, bytes = 4 * heads * ref_kv_words(c->type, c->d);
+        s.k_words = op_bytes(t, bytes);
+        s.v_words = op_bytes(t, bytes);
+        ref_kv_pack(s.k_words, s.k, c->type, heads, c->d);
+        ref_kv_pack(s.v_words, s.v, c->type, heads, c->d);
+    }
     s.o = op_zeros(t, s.n_q);
     s.p = op_zeros(t, s.n_p);
     ref_attention(s.o, s.p, s.q, s.k, s.v, (struct ref_mask){ s.lo, s.hi }, c->T, c->H, c->G, c->d, s.R, s.S, s.scale);
     return s;
+}
+
+static struct keel_span kv_in(struct op_test *t, const struct att_setup *s, const struct att_case *c, const char *name, const double *x,
+                              const uint32_t *words)
+{
+    return words ? op_in_words(t, name, words, (size_t)s->R * c->G * ref_kv_words(c->type, c->d)) : op_in(t, name, x, s->n_kv);
 }
 
 static const double *kv_row(const struct att_setup *s, const struct att_case *c, const double *kv, int t, int h, int j)
@@ -195,11 +211,11 @@ static void fwd_case(struct op_test *t, const struct att_case *c)
     const uint64_t bytes = c->chunk ? row_bytes * c->chunk
                                     : keel_attention_scratch((uint32_t)c->T, (uint32_t)c->H, (uint32_t)s.S);
     const struct keel_attention_params p = {
-        .q = op_in(t, "q", s.q, s.n_q), .k = op_in(t, "k", s.k, s.n_kv), .v = op_in(t, "v", s.v, s.n_kv),
+        .q = op_in(t, "q", s.q, s.n_q), .k = kv_in(t, &s, c, "k", s.k, s.k_words), .v = kv_in(t, &s, c, "v", s.v, s.v_words),
         .spans = op_in_words(t, "spans", s.spans, (size_t)c->T * 8), .o = op_out(t, "o", NULL, s.o, budget, s.n_q),
         .p = op_scratch(t, "p", bytes), .n_tokens = (uint32_t)c->T, .n_heads = (uint32_t)c->H, .n_kv_heads = (uint32_t)c->G,
         .head_dim = (uint32_t)c->d, .kv_rows = (uint32_t)s.R, .max_span = (uint32_t)s.S, .max_union = s.max_union,
-        .scale = (float)s.scale, .all = c->mask == ALL,
+        .type = c->type, .scale = (float)s.scale, .all = c->mask == ALL,
     };
     op_run(t, record_fwd, &p);
     if (c->chunk == 0) {
@@ -370,6 +386,32 @@ static void test_ring(void **state)
     op_end(t);
 }
 
+// Packed keys and values. The reference gets what the words stand for, so budgets are those of f32: only sums differ, and the product
+// of a scale and a code, which is one more rounding than op_sum_budget() has to spare.
+static void test_packed(void **state)
+{
+    struct op_test *t = *state;
+    const enum keel_dtype types[] = { KEEL_F16, KEEL_Q8_0 };
+    const int all_dims[] = { 16, 24, 64, 80, 256, 250 };
+    for (size_t i = 0; i < KEEL_COUNT(tokens) * KEEL_COUNT(types); i++) {
+        for (size_t j = 0; j < (op_full() ? KEEL_COUNT(all_dims) : 2); j++) {
+            const struct heads hd = heads[(i / 2 + j) % KEEL_COUNT(heads)];
+            struct att_case c = { .mask = (enum mask_kind)((i / 2 + j) % N_MASKS), .T = tokens[i / 2], .H = hd.H, .G = hd.G,
+                                  .d = all_dims[(i / 2 + 3 * j) % KEEL_COUNT(all_dims)], .type = types[i % 2] };
+            if (c.mask == RING) {
+                c.R = c.T + 7;
+                c.first = 5 * c.R - 2;
+            }
+            fwd_case(t, &c);
+            c.chunk = 4;
+            if (c.T > 4) {
+                fwd_case(t, &c);
+            }
+        }
+    }
+    op_end(t);
+}
+
 // Scratch for fewer tokens than there are, also for a number that is no multiple of the group.
 static void test_chunks(void **state)
 {
@@ -478,7 +520,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_fwd),    cmocka_unit_test(test_ring),  cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_bwd),    cmocka_unit_test(test_bwd_chunks), cmocka_unit_test(test_slope),
-        cmocka_unit_test(test_all),
+        cmocka_unit_test(test_all),    cmocka_unit_test(test_packed),
     };
     return op_main("op_attention", tests);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // tests/op_heads.c: QK-norm with rotary embedding into cache slots, and its backward.
-// Tolerances: as for RMSNorm over d values, on the absolute values of the two terms that a rotation adds.
+// Tolerances: as for RMSNorm over d values, on the absolute values of the two terms that a rotation adds. Into packed caches: see
+// packed_budget().
 #include "op_test.h"
 
 #define EPS 1e-6f
@@ -8,6 +9,7 @@
 struct heads_case {
     int T, H, d, y_rows, slot0; // y_rows 0: no spans, row t; else slot (slot0 + t) % y_rows
     bool copy;
+    enum keel_dtype type; // of y
 };
 
 static void record_fwd(keel_recorder *rec, const void *p)
@@ -70,7 +72,60 @@ static struct shared share(struct op_test *t, const struct heads_case *c)
     return s;
 }
 
-static struct keel_heads_part add_part(struct op_test *t, const struct heads_case *c, const struct shared *s)
+static const char *const type_names[] = { [KEEL_F32] = "f32", [KEEL_F16] = "f16", [KEEL_Q8_0] = "q8_0" };
+
+// What rounding adds to the budget of a head as it comes. F16: a last place, for Vulkan does not say which way to round, and 2^-14,
+// for smaller ones may become 0. Q8_0: half a step, to which both the element and the largest of its block, which sets the step, bring
+// their budgets, and a scale and a product that are rounded in f32: 127 codes carry the error of the scale.
+static double packed_budget(enum keel_dtype type, const double *want, const double *budget, int d, int i)
+{
+    double most = 0, worst = 0;
+    for (int j = i / 32 * 32; j < KEEL_MIN(i / 32 * 32 + 32, d); j++) {
+        most = fmax(most, fabs(want[j]));
+        worst = fmax(worst, budget[j]);
+    }
+    return type == KEEL_F16 ? budget[i] + 0x1p-10 * fabs(want[i]) + 0x1p-14 : most / 254 + 3 * worst + 8 * OP_EPS * most;
+}
+
+// A packed destination: words that the test reads itself, after the run.
+struct packed {
+    const struct heads_case *c;
+    const double *want, *budget; // [R, H, d] unpacked
+    const uint32_t *init;
+    const int *slot;
+    struct keel_span span;
+};
+
+static void check_packed(struct op_test *t, const struct packed *p)
+{
+    const struct heads_case *c = p->c;
+    const int d = c->d;
+    const size_t R = c->y_rows ? c->y_rows : c->T, heads = R * c->H, stride = ref_kv_words(c->type, d);
+    const uint32_t *got = op_result_words(t, p->span);
+    double *x = op_zeros(t, heads * d);
+    ref_kv_unpack(x, got, c->type, heads, d);
+    for (size_t h = 0; h < heads; h++) {
+        bool owned = false;
+        for (int i = 0; i < c->T; i++) {
+            owned = owned || (size_t)p->slot[i] == h / c->H;
+        }
+        if (!owned && memcmp(got + h * stride, p->init + h * stride, stride * 4) != 0) {
+            op_fail(t, "packed head %zu belongs to no token and was changed", h);
+            return;
+        }
+        for (int i = 0; owned && i < d; i++) {
+            const double want = p->want[h * d + i], most = packed_budget(c->type, p->want + h * d, p->budget + h * d, d, i);
+            if (!(fabs(x[h * d + i] - want) <= most)) {
+                op_fail(t, "packed head %zu, element %d: got %.9g, want %.9g, error %.0f %% of budget", h, i, x[h * d + i], want,
+                        100 * fabs(x[h * d + i] - want) / most);
+                return;
+            }
+        }
+    }
+}
+
+// `packed` is filled in where the case has such a type; the caller checks it after the run.
+static struct keel_heads_part add_part(struct op_test *t, const struct heads_case *c, const struct shared *s, struct packed *packed)
 {
     const int T = c->T, H = c->H, d = c->d, R = c->y_rows ? c->y_rows : T;
     const size_t n = (size_t)T * H * d, n_y = (size_t)R * H * d;
@@ -87,8 +142,16 @@ static struct keel_heads_part add_part(struct op_test *t, const struct heads_cas
         fwd_size(size, x, w, s->rope, slot, T, H, d);
         budget = op_sum_budgets(t, size, n_y, d);
     }
-    struct keel_heads_part part = { .x = op_in(t, "x", x, n), .y = op_out(t, "y", init, want, budget, n_y),
-                                    .n_heads = (uint32_t)H, .y_rows = (uint32_t)c->y_rows };
+    struct keel_heads_part part = { .x = op_in(t, "x", x, n), .n_heads = (uint32_t)H, .y_rows = (uint32_t)c->y_rows, .type = c->type };
+    if (c->type == KEEL_F32) {
+        part.y = op_out(t, "y", init, want, budget, n_y);
+    } else {
+        const size_t words = ref_kv_words(c->type, d) * R * H;
+        uint32_t *bits = op_bytes(t, 4 * words);
+        ref_kv_pack(bits, op_copy(t, init, n_y), c->type, (size_t)R * H, d);
+        part.y = op_out_words(t, "y", bits, words);
+        *packed = (struct packed){ .c = c, .want = want, .budget = c->copy ? op_zeros(t, n_y) : budget, .init = bits, .slot = slot, .span = part.y };
+    }
     if (!c->copy) {
         part.w = op_in(t, "w", w, (size_t)d);
     }
@@ -97,24 +160,34 @@ static struct keel_heads_part add_part(struct op_test *t, const struct heads_cas
 
 static void fwd_case(struct op_test *t, const struct heads_case *c)
 {
-    op_begin(t, "heads T=%d H=%d d=%d rows=%d slot0=%d %s", c->T, c->H, c->d, c->y_rows, c->slot0, c->copy ? "copy" : "norm+rope");
+    op_begin(t, "heads T=%d H=%d d=%d rows=%d slot0=%d %s %s", c->T, c->H, c->d, c->y_rows, c->slot0, c->copy ? "copy" : "norm+rope",
+             type_names[c->type]);
     const struct shared s = share(t, c);
-    const struct keel_heads_params p = { .part = { add_part(t, c, &s) }, .n_parts = 1, .rope = s.rope_span,
+    struct packed packed;
+    const struct keel_heads_params p = { .part = { add_part(t, c, &s, &packed) }, .n_parts = 1, .rope = s.rope_span,
                                          .spans = c->y_rows ? s.spans : (struct keel_span){ 0 }, .n_tokens = (uint32_t)c->T,
                                          .head_dim = (uint32_t)c->d, .eps = EPS };
     op_run(t, record_fwd, &p);
+    if (c->type != KEEL_F32) {
+        check_packed(t, &packed);
+    }
 }
 
 // Queries in place, keys and values into the ring, as a block of the model does.
-static void block_case(struct op_test *t, int T, int H, int G, int d)
+static void block_case(struct op_test *t, int T, int H, int G, int d, enum keel_dtype type)
 {
-    const struct heads_case q = { T, H, d, 0, 3 * T, false }, k = { T, G, d, T + 5, 3 * T, false }, v = { T, G, d, T + 5, 3 * T, true };
-    op_begin(t, "heads T=%d H=%d G=%d d=%d", T, H, G, d);
+    const struct heads_case q = { T, H, d, 0, 3 * T, false, KEEL_F32 }, k = { T, G, d, T + 5, 3 * T, false, type };
+    const struct heads_case v = { T, G, d, T + 5, 3 * T, true, type };
+    op_begin(t, "heads T=%d H=%d G=%d d=%d %s", T, H, G, d, type_names[type]);
     const struct shared s = share(t, &q);
-    const struct keel_heads_params p = { .part = { add_part(t, &q, &s), add_part(t, &k, &s), add_part(t, &v, &s) }, .n_parts = 3,
-                                         .rope = s.rope_span, .spans = s.spans, .n_tokens = (uint32_t)T, .head_dim = (uint32_t)d,
-                                         .eps = EPS };
+    struct packed packed[2];
+    const struct keel_heads_params p = {
+        .part = { add_part(t, &q, &s, NULL), add_part(t, &k, &s, &packed[0]), add_part(t, &v, &s, &packed[1]) },
+        .n_parts = 3, .rope = s.rope_span, .spans = s.spans, .n_tokens = (uint32_t)T, .head_dim = (uint32_t)d, .eps = EPS };
     op_run(t, record_fwd, &p);
+    for (int i = 0; i < 2 && type != KEEL_F32; i++) {
+        check_packed(t, &packed[i]);
+    }
 }
 
 static void bwd_case(struct op_test *t, int T, int H, int d)
@@ -156,7 +229,7 @@ static void test_fwd(void **state)
     struct op_test *t = *state;
     for (size_t i = 0; i < KEEL_COUNT(dims); i++) {
         for (size_t j = 0; j < (op_full() ? KEEL_COUNT(tokens) : 2); j++) {
-            struct heads_case c = { tokens[(i + 5 * j) % 10], heads[(i + j) % KEEL_COUNT(heads)], dims[i], 0, 0, false };
+            struct heads_case c = { tokens[(i + 5 * j) % 10], heads[(i + j) % KEEL_COUNT(heads)], dims[i], 0, 0, false, KEEL_F32 };
             fwd_case(t, &c);
             c.y_rows = c.T + 5; // a ring whose end lies within the batch
             c.slot0 = 3 * c.y_rows - 1;
@@ -166,7 +239,59 @@ static void test_fwd(void **state)
             c.y_rows = 0;
             c.slot0 = 0;
             fwd_case(t, &c);
-            block_case(t, c.T, 2 * c.H, c.H, c.d);
+            block_case(t, c.T, 2 * c.H, c.H, c.d, KEEL_F32);
+        }
+    }
+    op_end(t);
+}
+
+static void test_packed(void **state)
+{
+    struct op_test *t = *state;
+    const enum keel_dtype types[] = { KEEL_F16, KEEL_Q8_0 };
+    for (size_t i = 0; i < KEEL_COUNT(dims) * KEEL_COUNT(types); i++) {
+        const int d = dims[i / 2];
+        const enum keel_dtype type = types[i % 2];
+        for (size_t j = 0; j < (op_full() ? KEEL_COUNT(tokens) : 1); j++) {
+            struct heads_case c = { tokens[(i + 5 * j) % 10], heads[(i + j) % KEEL_COUNT(heads)], d, 0, 0, false, type };
+            fwd_case(t, &c);
+            c.copy = true;
+            c.y_rows = c.T + 5;
+            c.slot0 = 3 * c.y_rows - 1;
+            fwd_case(t, &c);
+            block_case(t, c.T, 2 * c.H, c.H, d, type);
+        }
+    }
+    op_end(t);
+}
+
+// Values that a cache cannot hold as they are: beyond f16, a head of zeros, one of a block far above the others.
+static void test_packed_ends(void **state)
+{
+    struct op_test *t = *state;
+    const enum keel_dtype types[] = { KEEL_F16, KEEL_Q8_0 };
+    enum { D = 64 };
+    for (int i = 0; i < 2; i++) {
+        const struct heads_case c = { 2, 1, D, 0, 0, true, types[i] };
+        op_begin(t, "heads ends %s", type_names[c.type]);
+        double *x = op_zeros(t, 2 * D);
+        x[0] = 1e6, x[1] = -1e6, x[2] = 1, x[40] = -3;
+        const size_t words = ref_kv_words(c.type, D);
+        const uint32_t *init = op_bytes(t, 2 * words * 4);
+        const struct keel_heads_params p = { .part = { { .x = op_in(t, "x", x, 2 * D), .y = op_out_words(t, "y", init, 2 * words),
+                                                         .n_heads = 1, .type = c.type } },
+                                             .n_parts = 1, .n_tokens = 2, .head_dim = D, .eps = EPS };
+        op_run(t, record_fwd, &p);
+        double *got = op_zeros(t, 2 * D);
+        ref_kv_unpack(got, op_result_words(t, p.part[0].y), c.type, 2, D);
+        const double top = c.type == KEEL_F16 ? 65504 : 1e6;
+        if (fabs(got[0] - top) > 0.1 || fabs(got[1] + top) > 0.1 || got[2] != (c.type == KEEL_F16) || fabs(got[40] + 3) > 1e-6) {
+            op_fail(t, "%.9g %.9g %.9g %.9g", got[0], got[1], got[2], got[40]);
+        }
+        for (int j = 0; j < D; j++) {
+            if (got[D + j] != 0) {
+                op_fail(t, "zeros: element %d is %g", j, got[D + j]);
+            }
         }
     }
     op_end(t);
@@ -210,6 +335,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_fwd),
+        cmocka_unit_test(test_packed),
+        cmocka_unit_test(test_packed_ends),
         cmocka_unit_test(test_bwd),
         cmocka_unit_test(test_slope),
     };

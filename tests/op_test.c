@@ -228,6 +228,13 @@ struct keel_span op_out(struct op_test *t, const char *name, const double *init,
     return b->span;
 }
 
+struct keel_span op_out_words(struct op_test *t, const char *name, const uint32_t *init, size_t n)
+{
+    struct buf *b = add_buf(t, name, BUF_OUT, n);
+    memcpy(b->init + GUARD_WORDS, init, n * 4);
+    return b->span;
+}
+
 struct keel_span op_scratch(struct op_test *t, const char *name, uint64_t bytes)
 {
     return add_buf(t, name, BUF_SCRATCH, (size_t)KEEL_MAX((bytes + 3) / 4, 1))->span;
@@ -259,6 +266,11 @@ double *op_result(struct op_test *t, struct keel_span span)
         x[i] = word_float(b->got[GUARD_WORDS + i]);
     }
     return x;
+}
+
+const uint32_t *op_result_words(struct op_test *t, struct keel_span span)
+{
+    return find_buf(t, span)->got + GUARD_WORDS;
 }
 
 // --- running -------------------------------------------------------------------------------------

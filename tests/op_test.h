@@ -60,12 +60,15 @@ struct keel_span op_in_words(struct op_test *t, const char *name, const void *wo
 // only then. want NULL: not compared (op_result() still gives the values).
 struct keel_span op_out(struct op_test *t, const char *name, const double *init, const double *want, const double *budget,
                         size_t n);
+// The same for words that only the test can read: starts as `init`, compared between the two runs alone.
+struct keel_span op_out_words(struct op_test *t, const char *name, const uint32_t *init, size_t n);
 struct keel_span op_scratch(struct op_test *t, const char *name, uint64_t bytes); // contents undefined, guarded
 
 // Uploads all buffers, records, waits, downloads, compares; then once more for the same bits.
 void op_run(struct op_test *t, op_record_fn record, const void *params);
 // What the last run left in a buffer, n doubles.
 double *op_result(struct op_test *t, struct keel_span span);
+const uint32_t *op_result_words(struct op_test *t, struct keel_span span); // until the next op_begin()
 
 // A random matrix: `m` on the device, its values [rows, cols] and their magnitudes (ref_dequant()). max_rows: cut into
 // shards of that many rows (a multiple of 64); 0: keel_matrix_create().

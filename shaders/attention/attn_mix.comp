@@ -4,7 +4,7 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
-#include "common/exchange.glsl"
+#include "attention/attn_kv.glsl"
 #include "attention/attention.h"
 
 layout(local_size_x_id = 0) in;              // 64
@@ -13,7 +13,6 @@ const uint GROUP = 4;                        // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
 OPERAND(0, p)
-OPERAND(1, b)        // [R, G, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; };
 layout(set = 0, binding = 3) restrict writeonly buffer O { float o[]; };       // [T, H, d]
 
@@ -28,7 +27,7 @@ void main()
 {
     const uint h = gl_WorkGroupID.y, g = h / (pc.n_heads / pc.n_kv_heads);
     const uint row0 = (pc.group0 + gl_WorkGroupID.x) * GROUP;
-    const uint last = pc.head_dim - 1u;
+    const uint last = pc.head_dim - 1u, stride = kv_stride(pc.head_dim);
 
     uint lo[GROUP], hi[GROUP], at[GROUP];
     float acc[GROUP * ELEMS];
@@ -48,10 +47,10 @@ void main()
     uint slot = first % pc.kv_rows;
 #define ADD_KEY(weight_of_n) \
     { \
-        const uint key = (slot * pc.n_kv_heads + g) * pc.head_dim; \
+        const uint key = (slot * pc.n_kv_heads + g) * stride; \
         slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
         [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float bv = b(key + min(gl_LocalInvocationID.x + 64u * e, last)); \
+            const float bv = b_one(key, pc.head_dim, min(gl_LocalInvocationID.x + 64u * e, last)); \
             [[unroll]] for (uint n = 0; n < GROUP; n++) { \
                 acc[n * ELEMS + e] += weight_of_n * bv; \
             } \

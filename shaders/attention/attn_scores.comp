@@ -4,15 +4,14 @@
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
-#include "common/exchange.glsl"
+#include "attention/attn_kv.glsl"
 #include "attention/attention.h"
 
 layout(local_size_x_id = 0) in; // 64
 const uint GROUP = 4;           // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
-OPERAND(0, a)        // [T, H, d]
-OPERAND(1, b)        // [R, G, d]
+OPERAND(0, a) // [T, H, d]
 layout(set = 0, binding = 2) restrict readonly buffer Spans { uint spans[]; }; // [T] of 8 words: lo, hi, ...
 layout(set = 0, binding = 3) restrict writeonly buffer P { float p[]; };
 
@@ -36,24 +35,22 @@ void main()
     const uint j0 = first + gl_WorkGroupID.x * 64u;
     if (j0 < end) {
         const uint j = j0 + gl_LocalInvocationID.x;
-        const uint key = (min(j, end - 1u) % pc.kv_rows * pc.n_kv_heads + g) * pc.head_dim;
+        const uint key = (min(j, end - 1u) % pc.kv_rows * pc.n_kv_heads + g) * kv_stride(pc.head_dim);
         uint d = 0;
         [[dont_unroll]] for (; d + 8u <= pc.head_dim; d += 8u) {
+            B_EIGHT(bv, key, pc.head_dim, d)
             EIGHT(av, GROUP);
             [[unroll]] for (uint i = 0; i < GROUP; i++) {
                 FILL_EIGHT(av, i, I, a(at[i] + d + I))
             }
 #define MAC(e) \
-    { \
-        const float kv = b(key + d + e); \
-        [[unroll]] for (uint i = 0; i < GROUP; i++) { \
-            acc[i] += PICK_EIGHT(av, i, e) * kv; \
-        } \
+    [[unroll]] for (uint i = 0; i < GROUP; i++) { \
+        acc[i] += PICK_EIGHT(av, i, e) * bv[e]; \
     }
             EACH_EIGHT(MAC)
         }
         [[dont_unroll]] for (; d < pc.head_dim; d++) {
-            const float kv = b(key + d);
+            const float kv = b_one(key, pc.head_dim, d);
             [[unroll]] for (uint i = 0; i < GROUP; i++) {
                 acc[i] += a(at[i] + d) * kv;
             }

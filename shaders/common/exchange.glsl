@@ -8,6 +8,7 @@
 //   EACH_EIGHT(X)           X(0u) ... X(7u)
 //   ONE_SUBGROUP(n)         whether groups of n neighbouring lanes are whole subgroups, so that values which all of n need may be shared
 //   OPERAND(n, v)           binding n, f32, read as v(index): a storage buffer, or with EXCHANGE texels (n: 0, or 0 and 1)
+//   WORDS(n, v)             the same for u32; also v_four(index), four of them from a multiple of four on
 #ifdef EXCHANGE
 #extension GL_KHR_shader_subgroup_shuffle : require
 #define EIGHT(v, n) float v[n]
@@ -24,6 +25,16 @@
     { \
         return texelFetch(v##_texels, int(at >> 2))[at & 3u]; \
     }
+#define WORDS(n, v) \
+    layout(set = 0, binding = n) uniform usamplerBuffer v##_texels; \
+    uvec4 v##_four(uint at) \
+    { \
+        return texelFetch(v##_texels, int(at >> 2)); \
+    } \
+    uint v(uint at) \
+    { \
+        return v##_four(at)[at & 3u]; \
+    }
 #else
 #define EIGHT(v, n) float v[(n) * 8]
 #define FILL_EIGHT(v, g, I, e) \
@@ -37,6 +48,16 @@
     float v(uint at) \
     { \
         return v##_values[at]; \
+    }
+#define WORDS(n, v) \
+    layout(set = 0, binding = n) restrict readonly buffer v##_buffer { uint v##_values[]; }; \
+    uint v(uint at) \
+    { \
+        return v##_values[at]; \
+    } \
+    uvec4 v##_four(uint at) \
+    { \
+        return uvec4(v(at), v(at + 1u), v(at + 2u), v(at + 3u)); \
     }
 #endif
 #define EACH_EIGHT(X) X(0u) X(1u) X(2u) X(3u) X(4u) X(5u) X(6u) X(7u)

@@ -7,6 +7,7 @@ struct heads_part {
     uint x, w;     // where its input and its norm begin in the bound buffers
     uint y_rows;   // above 0: row slot % y_rows of the destination; 0: row t
     uint norm;     // 0: plain copy (values)
+    uint packed;   // whether its destination holds packed heads (common/kv.glsl); 0: floats
 };
 
 struct heads_pc {

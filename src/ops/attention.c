@@ -22,11 +22,25 @@ enum product { SCORES, MIX, KEYS };
 
 struct product_args {
     enum product what;
+    enum keel_dtype type; // of b
     struct keel_span a, b, spans, out; // as the shaders bind them
     uint32_t units;  // groups of tokens or keys
     uint32_t keys;   // most keys (or tokens) a group goes through
     const char *label;
 };
+
+static const struct keel_shader *pick_shader(const keel_recorder *rec, enum product what, enum keel_dtype type)
+{
+    static const struct keel_shader *const packed[2][2][2] = { // F16 or Q8_0, scores or mix, base or exchange
+        { { &keel_sh_attn_scores_f16, &keel_sh_attn_scores_x_f16 }, { &keel_sh_attn_mix_f16, &keel_sh_attn_mix_x_f16 } },
+        { { &keel_sh_attn_scores_q8_0, &keel_sh_attn_scores_x_q8_0 }, { &keel_sh_attn_mix_q8_0, &keel_sh_attn_mix_x_q8_0 } },
+    };
+    if (type != KEEL_F32) {
+        assert(what != KEYS);
+        return packed[type == KEEL_Q8_0][what == MIX][use_exchange(rec, KEEL_FAMILY_ATTENTION)];
+    }
+    return what == SCORES ? PICK(rec, ATTENTION, attn_scores) : what == MIX ? PICK(rec, ATTENTION, attn_mix) : PICK(rec, ATTENTION, attn_keys_bwd);
+}
 
 static void record_product(keel_recorder *rec, struct attention_pc pc, const struct product_args *p)
 {
@@ -38,19 +52,18 @@ static void record_product(keel_recorder *rec, struct attention_pc pc, const str
         pc.group0 = i;
         pc.groups = n;
         struct keel_dispatch d = {
+            .shader = pick_shader(rec, p->what, p->type),
             .bind = { READ(p->a), READ(p->b), READ(p->spans), UPDATE(p->out) }, .n_bind = 4,
             .push = &pc, .push_bytes = sizeof pc, .spec = { LANES, elems }, .n_spec = 2,
             .flops = unit_flops * n,
-            .bytes = 4ull * n * p->keys * ((uint64_t)pc.head_dim * pc.n_heads + GROUP * pc.n_heads), .label = p->label,
+            .bytes = 1ull * n * p->keys * pc.n_heads * (keel_kv_head_bytes(p->type, pc.head_dim) + 4 * GROUP), .label = p->label,
         };
         if (p->what == SCORES) {
-            d.shader = PICK(rec, ATTENTION, attn_scores);
             d.n_spec = 1;
             d.groups[0] = keel_div_up(p->keys, LANES);
             d.groups[1] = n;
             d.groups[2] = pc.n_heads;
         } else {
-            d.shader = p->what == MIX ? PICK(rec, ATTENTION, attn_mix) : PICK(rec, ATTENTION, attn_keys_bwd);
             d.groups[0] = n;
             d.groups[1] = p->what == MIX ? pc.n_heads : pc.n_kv_heads;
             d.groups[2] = 1;
@@ -77,9 +90,9 @@ static void record_softmax(keel_recorder *rec, const struct attention_pc *pc, st
 
 // P = softmax(scale · q kᵀ) for the tokens of one chunk.
 static void record_probabilities(keel_recorder *rec, const struct attention_pc *pc, struct keel_span q, struct keel_span k,
-                                 struct keel_span spans, struct keel_span p, uint32_t max_union)
+                                 enum keel_dtype type, struct keel_span spans, struct keel_span p, uint32_t max_union)
 {
-    record_product(rec, *pc, &(struct product_args){ SCORES, q, k, spans, p, keel_div_up(pc->p_rows, GROUP), max_union, "attn_scores" });
+    record_product(rec, *pc, &(struct product_args){ SCORES, type, q, k, spans, p, keel_div_up(pc->p_rows, GROUP), max_union, "attn_scores" });
     record_softmax(rec, pc, spans, p);
 }
 
@@ -124,7 +137,7 @@ static void record_mix_all(keel_recorder *rec, struct attention_pc pc, const str
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
 {
     const uint32_t chunk = chunk_of(p->p.bytes, 4ull * p->n_heads * p->max_span, p->n_tokens);
-    const bool all = p->all && use_exchange(rec, KEEL_FAMILY_ATTENTION) && p->head_dim % 8 == 0 && p->kv_rows % 4 == 0;
+    const bool all = p->all && p->type == KEEL_F32 && use_exchange(rec, KEEL_FAMILY_ATTENTION) && p->head_dim % 8 == 0 && p->kv_rows % 4 == 0;
     for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
         const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
         struct attention_pc pc = {
@@ -137,9 +150,9 @@ void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
             record_mix_all(rec, pc, p);
             continue;
         }
-        record_probabilities(rec, &pc, p->q, p->k, p->spans, p->p, p->max_union);
+        record_probabilities(rec, &pc, p->q, p->k, p->type, p->spans, p->p, p->max_union);
         pc.scale = 1.0f;
-        record_product(rec, pc, &(struct product_args){ MIX, p->p, p->v, p->spans, p->o, keel_div_up(n, GROUP), p->max_union, "attn_mix" });
+        record_product(rec, pc, &(struct product_args){ MIX, p->type, p->p, p->v, p->spans, p->o, keel_div_up(n, GROUP), p->max_union, "attn_mix" });
     }
 }
 
@@ -150,16 +163,16 @@ static void record_chunk_bwd(keel_recorder *rec, struct attention_pc pc, const s
     const uint32_t tokens = KEEL_MIN(p->max_q_union, pc.p_rows);
     const uint64_t n = (uint64_t)pc.p_rows * pc.n_heads * pc.p_cols;
     pc.scale = 1.0f;
-    record_product(rec, pc, &(struct product_args){ SCORES, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
-    record_product(rec, pc, &(struct product_args){ KEYS, p->p, p->d_o, p->spans, p->dv, key_units, tokens, "attn_dv" });
+    record_product(rec, pc, &(struct product_args){ SCORES, KEEL_F32, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
+    record_product(rec, pc, &(struct product_args){ KEYS, KEEL_F32, p->p, p->d_o, p->spans, p->dv, key_units, tokens, "attn_dv" });
     keel_record(rec, &(struct keel_dispatch){
         .shader = &keel_sh_attn_softmax_bwd, .spec = { LANES }, .n_spec = 1,
         .bind = { READ(p->spans), READ(p->p), UPDATE(p->ds) }, .n_bind = 3,
         .push = &pc, .push_bytes = sizeof pc, .groups = { pc.p_rows, p->n_heads, 1 },
         .flops = 4 * n, .bytes = 16 * n, .label = "attn_softmax_bwd" });
     pc.scale = p->scale;
-    record_product(rec, pc, &(struct product_args){ MIX, p->ds, p->k, p->spans, p->dq, units, p->max_union, "attn_dq" });
-    record_product(rec, pc, &(struct product_args){ KEYS, p->ds, p->q, p->spans, p->dk, key_units, tokens, "attn_dk" });
+    record_product(rec, pc, &(struct product_args){ MIX, KEEL_F32, p->ds, p->k, p->spans, p->dq, units, p->max_union, "attn_dq" });
+    record_product(rec, pc, &(struct product_args){ KEYS, KEEL_F32, p->ds, p->q, p->spans, p->dk, key_units, tokens, "attn_dk" });
 }
 
 void keel_attention_bwd(keel_recorder *rec, const struct keel_attention_bwd_params *p)
@@ -172,7 +185,7 @@ void keel_attention_bwd(keel_recorder *rec, const struct keel_attention_bwd_para
             .scale = p->scale, .add = t > 0,
         };
         if (chunk < p->n_tokens) {
-            record_probabilities(rec, &pc, p->q, p->k, p->spans, p->p, p->max_union);
+            record_probabilities(rec, &pc, p->q, p->k, KEEL_F32, p->spans, p->p, p->max_union);
         }
         record_chunk_bwd(rec, pc, p);
     }

@@ -163,6 +163,12 @@ struct keel_layernorm_bwd_params {
 };
 void keel_layernorm_bwd(keel_recorder *rec, const struct keel_layernorm_bwd_params *p);
 
+// --- keys and values in memory -------------------------------------------------------------------
+
+// Bytes of one head of a key/value cache, a multiple of 16 but for f32: KEEL_F32, KEEL_F16 (beyond ±65504: that) or KEEL_Q8_0 (codes
+// of -127 to 127, one f32 scale a block of 32, the largest magnitude over 127; the last block may be a part). shaders/common/kv.glsl.
+uint64_t keel_kv_head_bytes(enum keel_dtype type, uint32_t head_dim);
+
 // --- heads: QK-norm and rotary embedding (rope.c) ------------------------------------------------
 
 // For each token t and head h: z = rmsnorm(x[t, h, :]) · w, then rotate pairs (i, i + d/2) by the angle whose cosine and sine
@@ -175,6 +181,7 @@ struct keel_heads_part {
     struct keel_span x, w, y;
     uint32_t n_heads;
     uint32_t y_rows;
+    enum keel_dtype type; // of y; parts that are not f32 are of one type
 };
 struct keel_heads_params {
     struct keel_heads_part part[KEEL_MAX_HEADS_PARTS];
@@ -209,12 +216,14 @@ struct keel_token_span {
 //   tokens, [H, T, p_cols], when T fits one chunk, as keel_attention_bwd() needs.
 //   max_span: at least the largest hi - lo; max_union: at least the largest (max hi - min lo) over aligned groups of
 //   KEEL_ATTENTION_GROUP tokens.
+//   type: of k and v.
 //   all: every token sees cache rows [0, kv_rows), and max_span is kv_rows: patches of an image. There is a faster way for that.
 #define KEEL_ATTENTION_GROUP 4
 struct keel_attention_params {
     struct keel_span q, k, v, spans, o, p;
     uint32_t n_tokens, n_heads, n_kv_heads, head_dim, kv_rows;
     uint32_t max_span, max_union;
+    enum keel_dtype type;
     float scale;
     bool all;
 };

@@ -4,9 +4,19 @@
 
 #include "rope/heads.h"
 
-static_assert(sizeof(struct heads_pc) == 68 && sizeof(struct heads_bwd_pc) == 12, "shaders/rope/heads.h");
+static_assert(sizeof(struct heads_pc) == 80 && sizeof(struct heads_bwd_pc) == 12, "shaders/rope/heads.h");
 
 #define PARTS KEEL_MAX_HEADS_PARTS
+
+uint64_t keel_kv_head_bytes(enum keel_dtype type, uint32_t head_dim)
+{
+    const uint64_t blocks = keel_div_up(head_dim, 32);
+    switch (type) {
+    case KEEL_F16: return 2 * keel_align_up(head_dim, 8);
+    case KEEL_Q8_0: return 4 * keel_align_up(9 * blocks, 4);
+    default: return 4ull * head_dim;
+    }
+}
 
 // The parts [first, first + n) in one dispatch; x and w hold what all of them read.
 static void record_heads(keel_recorder *rec, const struct keel_heads_params *p, uint32_t first, uint32_t n, struct keel_span x,
@@ -16,11 +26,15 @@ static void record_heads(keel_recorder *rec, const struct keel_heads_params *p, 
     struct keel_span y[PARTS];
     uint32_t heads = 0, normed = 0;
     bool slots = false;
+    enum keel_dtype type = KEEL_F32;
     for (uint32_t i = 0; i < n; i++) {
         const struct keel_heads_part *part = &p->part[first + i];
         const bool norm = part->w.bytes != 0;
         pc.part[i] = (struct heads_part){ .n_heads = part->n_heads, .x = span_words(x, part->x),
-                                          .w = norm ? span_words(w, part->w) : 0, .y_rows = part->y_rows, .norm = norm };
+                                          .w = norm ? span_words(w, part->w) : 0, .y_rows = part->y_rows, .norm = norm,
+                                          .packed = part->type != KEEL_F32 };
+        assert(type == KEEL_F32 || part->type == KEEL_F32 || part->type == type);
+        type = part->type == KEEL_F32 ? type : part->type;
         y[i] = part->y;
         heads += part->n_heads;
         normed += norm ? part->n_heads : 0;
@@ -33,7 +47,7 @@ static void record_heads(keel_recorder *rec, const struct keel_heads_params *p, 
     // Bindings that a form does not read get x, so that all forms share one layout. y is only written in part: the cache
     // keeps its other rows, hence UPDATE.
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_heads_fwd, .spec = { LANES }, .n_spec = 1,
+        .shader = type == KEEL_F16 ? &keel_sh_heads_fwd_f16 : type == KEEL_Q8_0 ? &keel_sh_heads_fwd_q8_0 : &keel_sh_heads_fwd, .spec = { LANES }, .n_spec = 1,
         .bind = { READ(x), READ(normed ? w : x), READ(normed ? p->rope : x), READ(slots ? p->spans : x),
                   UPDATE(y[0]), UPDATE(y[1]), UPDATE(y[2]) },
         .n_bind = 4 + PARTS, .push = &pc, .push_bytes = sizeof pc, .groups = { heads, p->n_tokens, 1 },

@@ -59,6 +59,15 @@ void ref_heads(double *y, const double *x, const double *w, const double *rope, 
 void ref_heads_bwd(double *dx, const double *x, const double *w, const double *rope, const double *dy, int T, int H, int d,
                    double eps);
 
+// --- keys and values in memory -------------------------------------------------------------------
+
+// Words that a head of d elements takes as KEEL_F16 or KEEL_Q8_0 (shaders/common/kv.glsl).
+size_t ref_kv_words(enum keel_dtype type, int d);
+// Packs n heads and puts what the words stand for in the place of x [n, d]. Halves below 2^-14 become 0: a device may take those for 0.
+void ref_kv_pack(uint32_t *words, double *x, enum keel_dtype type, size_t n, int d);
+// x [n, d] from words.
+void ref_kv_unpack(double *x, const uint32_t *words, enum keel_dtype type, size_t n, int d);
+
 // --- attention -----------------------------------------------------------------------------------
 
 // Token t sees keys lo[t] <= j < hi[t], which lie at cache row j % R.

@@ -203,3 +203,67 @@ void ref_random_blocks(struct keel_rng *rng, enum keel_dtype type, void *blocks,
         }
     }
 }
+
+// --- key/value caches -----------------------------------------------------------------------------
+
+static int blocks_of(int d)
+{
+    return (d + 31) / 32;
+}
+
+size_t ref_kv_words(enum keel_dtype type, int d)
+{
+    const size_t words = type == KEEL_F16 ? ((size_t)d + 1) / 2 : 9 * (size_t)blocks_of(d);
+    return (words + 3) / 4 * 4;
+}
+
+static void pack_q8_0(uint32_t *words, const double *x, int d)
+{
+    for (int b = 0; b < blocks_of(d); b++) {
+        const int n = d - 32 * b < 32 ? d - 32 * b : 32;
+        double most = 0;
+        for (int i = 0; i < n; i++) {
+            most = fmax(most, fabs(x[32 * b + i]));
+        }
+        const float scale = (float)(most / 127);
+        for (int i = 0; i < n; i++) {
+            const int code = scale > 0 ? (int)fmax(-127, fmin(127, rint(x[32 * b + i] / (double)scale))) : 0;
+            words[8 * b + i / 4] |= ((uint32_t)code & 255u) << 8 * (i % 4);
+        }
+        memcpy(&words[8 * blocks_of(d) + b], &scale, 4);
+    }
+}
+
+void ref_kv_pack(uint32_t *words, double *x, enum keel_dtype type, size_t n, int d)
+{
+    const size_t stride = ref_kv_words(type, d);
+    memset(words, 0, n * stride * 4);
+    for (size_t h = 0; h < n; h++) {
+        if (type == KEEL_Q8_0) {
+            pack_q8_0(words + h * stride, x + h * d, d);
+            continue;
+        }
+        for (int i = 0; i < d; i++) {
+            const double v = fmax(-65504, fmin(65504, x[h * d + i]));
+            const uint32_t half = fabs(v) < 0x1p-14 ? 0 : keel_f32_to_f16((float)v);
+            words[h * stride + i / 2] |= half << 16 * (i % 2);
+        }
+    }
+    ref_kv_unpack(x, words, type, n, d);
+}
+
+void ref_kv_unpack(double *x, const uint32_t *words, enum keel_dtype type, size_t n, int d)
+{
+    const size_t stride = ref_kv_words(type, d);
+    for (size_t i = 0; i < n * d; i++) {
+        const uint32_t *head = words + i / d * stride;
+        const int e = (int)(i % d);
+        if (type == KEEL_Q8_0) {
+            float scale;
+            memcpy(&scale, &head[8 * blocks_of(d) + e / 32], 4);
+            x[i] = (double)scale * (int8_t)(head[e / 4] >> 8 * (e % 4));
+        } else {
+            x[i] = half_at((const uint8_t *)head + 2 * e);
+        }
+    }
+}
