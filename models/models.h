@@ -123,6 +123,9 @@ struct keel_seq {
 keel_model *keel_session_model(const keel_session *session);
 const keel_log *keel_session_log(const keel_session *session);
 uint32_t keel_session_batch_tokens(const keel_session *session); // tokens that a pass takes at most
+// Takes the last n tokens of the sequence back; there are no logits until the next append. At most as many as a pass takes: the rings of
+// local layers keep no more. Errors: ARG.
+keel_status keel_session_take_back(keel_session *session, uint32_t n);
 
 // Tokens of a batch, for who captures them: caller's number of the row and place in it, and which belong to the hook's positions.
 struct keel_batch_tokens {

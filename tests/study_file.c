@@ -214,6 +214,7 @@ static void test_faults(void **state)
         { HEAD TAIL "sweep: {width: [4]}\n", "s.yaml:5:", "width" },
         { HEAD "eval: {margin: p, context_rows: 2}\n", "s.yaml:4:", "slots" },
         { HEAD "eval: {margin: p, prompts: raw}\n", "s.yaml:4:", "plain or chat" },
+        { HEAD "eval: {margin: p, kv: q4_0}\n", "s.yaml:4:", "f32, f16 or q8_0" },
         { "name: n\ntrain: {lr: 1e-3}\n" TAIL, "s.yaml:2:", "no data" },
         { HEAD TAIL "stages: []\n", "s.yaml:5:", "stages" },
         { CHAIN " - {name: a, train: {}, colour: 1}\n", "s.yaml:11:", "colour" },

@@ -135,8 +135,9 @@ static void heads(const struct keel_pass *p, uint32_t layer)
     if (p->kv) {
         h.part[1].y = p->kv->k[layer];
         h.part[1].y_rows = p->kv->rows[kind];
+        h.part[1].type = p->kv->type;
         h.part[h.n_parts++] = (struct keel_heads_part){
-            .x = a->v, .y = p->kv->v[layer], .n_heads = c->n_kv_heads, .y_rows = p->kv->rows[kind]};
+            .x = a->v, .y = p->kv->v[layer], .n_heads = c->n_kv_heads, .y_rows = p->kv->rows[kind], .type = p->kv->type};
     }
     keel_heads(p->rec, &h);
 }
@@ -172,6 +173,7 @@ void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct
         at.k = p->kv->k[layer];
         at.v = p->kv->v[layer];
         at.kv_rows = p->kv->rows[kind];
+        at.type = p->kv->type;
     } else {
         at.k = rows_of(a->kr, g->t0, g->n, kv_row);
         at.v = rows_of(a->v, g->t0, g->n, kv_row);

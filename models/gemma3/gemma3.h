@@ -227,11 +227,16 @@ struct keel_span keel_place_span(const struct keel_batch *b, struct keel_span s,
 
 // A key/value cache: one row a position, local layers as a ring.
 struct keel_kv {
+    enum keel_dtype type;
     uint32_t rows[2];       // by kind
-    struct keel_span *k, *v; // [n_layers], of [rows, G, d] f32
+    struct keel_span *k, *v; // [n_layers], of [rows, G, d]
 };
+// "f32", "f16" or "q8_0"; NULL: f32. Errors: ARG.
+keel_status keel_kv_type_parse(const char *text, enum keel_dtype *type, const keel_log *log);
+uint64_t keel_kv_row_bytes(const struct keel_gemma3 *c, enum keel_dtype type); // of the keys of a position in one layer
 // Rows of a cache for `n_ctx` tokens in passes of up to `n_batch`; a ring must not overwrite what a pass still reads.
 void keel_kv_rows(const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch, uint32_t rows[2]);
+// kv->type is set already.
 void keel_kv_layout(struct keel_layout *l, struct keel_kv *kv, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch);
 
 // Records that a new cache becomes zero. Attention multiplies keys that a token does not see by zero probabilities: those of

@@ -49,7 +49,7 @@ static void want_cache(struct keel_layout *l, void *user)
 static uint64_t cache_bytes(const struct run *r, uint32_t n)
 {
     const struct keel_gemma3 *c = &r->s->model->cfg;
-    return 8ull * c->n_layers * r->seq_rows * n * keel_kv_width(c);
+    return 2ull * c->n_layers * r->seq_rows * n * keel_kv_row_bytes(c, r->s->kv_type);
 }
 
 static keel_status begin(struct run *r, struct keel_generate_row *rows, size_t n_rows, uint32_t n_parallel)
@@ -73,13 +73,14 @@ static keel_status begin(struct run *r, struct keel_generate_row *rows, size_t n
     const uint64_t range = keel_device_caps(s->model->dev)->max_range;
     uint32_t n = KEEL_MIN(n_parallel ? n_parallel : PARALLEL, KEEL_MIN(s->n_batch, s->chunk));
     n = (uint32_t)KEEL_MIN((uint64_t)n, n_rows);
-    while (n > 1 && (cache_bytes(r, n) > CACHE_MAX || 4ull * r->seq_rows * n * keel_kv_width(c) > range)) {
+    while (n > 1 && (cache_bytes(r, n) > CACHE_MAX || (uint64_t)r->seq_rows * n * keel_kv_row_bytes(c, s->kv_type) > range)) {
         n--;
     }
     r->n_parallel = n;
     r->stream = calloc(n, sizeof *r->stream);
     r->active = calloc(n, sizeof *r->active);
     r->placed = calloc(n, sizeof *r->placed);
+    r->kv.type = s->kv_type;
     r->kv.k = calloc(c->n_layers, sizeof *r->kv.k);
     r->kv.v = calloc(c->n_layers, sizeof *r->kv.v);
     r->logits = malloc((size_t)n * c->vocab * sizeof *r->logits);

@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 void keel_want(struct keel_layout *l, struct keel_span *span, uint64_t bytes)
 {
@@ -56,12 +57,31 @@ void keel_kv_rows(const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch,
     rows[KEEL_LOCAL] = c->window == 0 ? n_ctx : (uint32_t)KEEL_MIN((uint64_t)n_ctx, (uint64_t)c->window + n_batch);
 }
 
+keel_status keel_kv_type_parse(const char *text, enum keel_dtype *type, const keel_log *log)
+{
+    static const enum keel_dtype types[] = { KEEL_F32, KEEL_F16, KEEL_Q8_0 };
+    *type = KEEL_F32;
+    for (size_t i = 0; i < KEEL_COUNT(types); i++) {
+        if (!text || strcasecmp(text, keel_dtype_info(types[i])->name) == 0) {
+            *type = text ? types[i] : KEEL_F32;
+            return KEEL_OK;
+        }
+    }
+    KEEL_ERROR(log, "key/value caches cannot be of type \"%s\": f32, f16 or q8_0", text);
+    return KEEL_ERR_ARG;
+}
+
+uint64_t keel_kv_row_bytes(const struct keel_gemma3 *c, enum keel_dtype type)
+{
+    return c->n_kv_heads * keel_kv_head_bytes(type, c->head_dim);
+}
+
 void keel_kv_layout(struct keel_layout *l, struct keel_kv *kv, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch)
 {
     keel_kv_rows(c, n_ctx, n_batch, kv->rows);
     for (uint32_t i = 0; i < c->n_layers; i++) {
         struct keel_span dummy;
-        const uint64_t bytes = 4ull * kv->rows[c->kind[i]] * keel_kv_width(c);
+        const uint64_t bytes = kv->rows[c->kind[i]] * keel_kv_row_bytes(c, kv->type);
         keel_want(l, kv->k ? &kv->k[i] : &dummy, bytes);
         keel_want(l, kv->v ? &kv->v[i] : &dummy, bytes);
     }
@@ -113,10 +133,11 @@ static void plan_images(struct keel_plan *out, const struct keel_gemma3 *c, uint
     row(out, "image tokens", l.bytes, false);
 }
 
-static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch, bool images)
+static void plan_session(struct keel_plan *out, const struct keel_gemma3 *c, uint32_t n_ctx, uint32_t n_batch, enum keel_dtype type,
+                         bool images)
 {
     struct keel_layout kv = { 0 }, acts = { 0 }, logits = { 0 }, host = { 0 };
-    struct keel_kv k = { 0 };
+    struct keel_kv k = { .type = type };
     struct keel_acts a = { 0 };
     struct keel_scorer s = { 0 };
     struct keel_batch b = { .c = c };
@@ -179,7 +200,12 @@ keel_status keel_model_plan(const keel_model *model, const struct keel_plan_para
     row(out, "embedding and head", embd, false);
     row(out, "weights of the blocks", rest, false);
     if (params->n_ctx > 0) {
-        plan_session(out, c, params->n_ctx, params->n_batch ? params->n_batch : 256, params->images);
+        enum keel_dtype type;
+        const keel_status st = keel_kv_type_parse(params->kv, &type, model->log);
+        if (st != KEEL_OK) {
+            return st;
+        }
+        plan_session(out, c, params->n_ctx, params->n_batch ? params->n_batch : 256, type, params->images);
     }
     if (params->train_rank > 0) {
         const keel_status st = plan_training(out, model, params);

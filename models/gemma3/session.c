@@ -42,9 +42,10 @@ keel_status keel_session_create(keel_session **out, keel_model *model, const str
     if (s->n_ctx > c->context) {
         KEEL_FAIL(model->log, KEEL_ERR_ARG, "a context of %u tokens is above the model's %u", s->n_ctx, c->context);
     }
+    KEEL_TRY(keel_kv_type_parse(params ? params->kv : NULL, &s->kv_type, model->log));
     const uint64_t range = keel_device_caps(model->dev)->max_range;
     if (4ull * s->n_batch * KEEL_MAX(c->ff_width, keel_q_width(c)) > range ||
-        4ull * s->n_ctx * keel_kv_width(c) > range || 4ull * KEEL_ATTENTION_GROUP * c->n_heads * s->n_ctx > range) {
+        s->n_ctx * keel_kv_row_bytes(c, s->kv_type) > range || 4ull * KEEL_ATTENTION_GROUP * c->n_heads * s->n_ctx > range) {
         KEEL_FAIL(model->log, KEEL_ERR_UNSUPPORTED,
                   "a context of %u tokens in batches of %u does not fit this device's bindings of %.0f MB; lower --ctx or "
                   "--batch-tokens", s->n_ctx, s->n_batch, (double)range / 1e6);
@@ -121,6 +122,7 @@ keel_status keel_session_cache(keel_session *s, uint32_t which, const struct kee
     *kv = NULL;
     if (!c->heap) {
         const uint32_t n = s->model->cfg.n_layers;
+        c->kv.type = s->kv_type;
         c->kv.k = calloc(n, sizeof *c->kv.k);
         c->kv.v = calloc(n, sizeof *c->kv.v);
         if (!c->kv.k || !c->kv.v) {
@@ -375,6 +377,18 @@ uint32_t keel_session_batch_tokens(const keel_session *s)
 uint32_t keel_session_length(const keel_session *s)
 {
     return s->n_ids;
+}
+
+keel_status keel_session_take_back(keel_session *s, uint32_t n)
+{
+    if (n > s->n_ids || n > s->n_batch) {
+        KEEL_ERROR(s->model->log, "%u tokens cannot be taken back: the sequence has %u and a pass takes %u", n, s->n_ids, s->n_batch);
+        return KEEL_ERR_ARG;
+    }
+    s->n_ids -= n;
+    s->n_prompt = KEEL_MIN(s->n_prompt, s->n_ids);
+    s->has_logits = false;
+    return KEEL_OK;
 }
 
 void keel_session_reset(keel_session *s)

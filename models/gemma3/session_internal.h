@@ -13,6 +13,7 @@ struct session_cache {
 struct keel_session {
     keel_model *model;
     uint32_t n_ctx, n_batch, chunk; // chunk: rows of logits held at once
+    enum keel_dtype kv_type;        // of all caches
     keel_heap *host, *heap, *lora, *second;
     struct keel_batch batch;
     struct keel_acts acts;

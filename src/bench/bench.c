@@ -14,8 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const uint32_t decode_prompt = 16; // tokens in the context before the first decoded token
-
 struct bench {
     keel_model *model;
     keel_device *dev;
@@ -47,7 +45,7 @@ static void rig_close(struct rig *r)
 static keel_status session_open(struct rig *r, struct bench *b, uint32_t n_ctx)
 {
     return keel_session_create(&r->session, b->model,
-                               &(struct keel_session_params){ .n_ctx = n_ctx, .n_batch = b->p.n_batch });
+                               &(struct keel_session_params){ .n_ctx = n_ctx, .n_batch = b->p.n_batch, .kv = b->p.kv });
 }
 
 static keel_status prefill_open(struct rig *r, struct bench *b)
@@ -64,14 +62,17 @@ static keel_status prefill_run(struct rig *r, struct bench *b, uint64_t *tokens)
 
 static keel_status decode_open(struct rig *r, struct bench *b)
 {
-    return session_open(r, b, decode_prompt + b->p.n_generate);
+    return session_open(r, b, b->p.n_context + b->p.n_generate);
 }
 
-// The prompt is put there before the clock starts.
+// The prompt is put there before the clock starts, once: a long one takes far longer than what is measured.
 static keel_status decode_prepare(struct rig *r, struct bench *b)
 {
+    if (keel_session_length(r->session) > 0 && b->p.n_generate <= keel_session_batch_tokens(r->session)) {
+        return keel_session_take_back(r->session, b->p.n_generate);
+    }
     keel_session_reset(r->session);
-    return keel_session_append(r->session, b->ids, decode_prompt);
+    return keel_session_append(r->session, b->ids, b->p.n_context);
 }
 
 static keel_status decode_run(struct rig *r, struct bench *b, uint64_t *tokens)
@@ -79,7 +80,7 @@ static keel_status decode_run(struct rig *r, struct bench *b, uint64_t *tokens)
     keel_status st = KEEL_OK;
     *tokens = b->p.n_generate;
     for (uint32_t i = 0; st == KEEL_OK && i < b->p.n_generate; i++) {
-        st = keel_session_append(r->session, &b->ids[decode_prompt + i], 1);
+        st = keel_session_append(r->session, &b->ids[b->p.n_context + i], 1);
     }
     return st;
 }
@@ -239,7 +240,7 @@ static keel_status draw_ids(struct bench *b)
 {
     struct keel_rng rng = keel_rng_make(1, 0);
     const uint32_t vocab = keel_model_info(b->model)->vocab;
-    b->n_ids = KEEL_MAX(b->p.n_prompt, decode_prompt + b->p.n_generate);
+    b->n_ids = KEEL_MAX(b->p.n_prompt, b->p.n_context + b->p.n_generate);
     b->n_ids = KEEL_MAX(b->n_ids, b->p.train_rows + b->p.train_row);
     b->ids = malloc(b->n_ids * sizeof *b->ids);
     if (!b->ids) {
@@ -270,6 +271,7 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
     }
     b.log = keel_device_log(b.dev);
     b.p.repeats = KEEL_MAX(b.p.repeats, 1u);
+    b.p.n_context = KEEL_MAX(b.p.n_context, 1u);
     if (b.p.trace && !(b.p.ops && keel_device_caps(b.dev)->timestamps)) {
         KEEL_FAIL(b.log, KEEL_ERR_ARG, "%s: a trace needs the times of ops, %s", b.p.trace,
                   b.p.ops ? "and this device has no timestamps" : "which were turned off");

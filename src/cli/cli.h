@@ -22,7 +22,7 @@ int exit_code(keel_status st);
 
 struct common {
     bool verbose, quiet, pan_and_scan;
-    const char *model, *type, *mmproj, *device, *profile, *variant;
+    const char *model, *type, *mmproj, *device, *profile, *variant, *kv;
     bool validate;
     uint64_t memory_limit;
     struct arg_list lora, steer;
@@ -67,6 +67,10 @@ struct common {
 #define OPTION_STEER                                                                                                   \
     { .name = "--steer", .type = ARG_LIST, .offset = OPT_COMMON(steer), .value = "V[:COEF[%]][@LAYERS][,K=V]",         \
       .help = "steer along the directions of a file: op=add|ablate|cap|floor, at=POSITIONS, site=S, tokens=SCHEDULE, steps=SCHEDULE (docs/steering.md)" }
+#define OPTION_KV                                                                                                      \
+    { .name = "--kv", .type = ARG_STR, .offset = OPT_COMMON(kv), .value = "T", .def = "f32",                           \
+      .choice = (const char *const[]){ "f32", "f16", "q8_0", NULL },                                                   \
+      .help = "keep keys and values as f32, f16 or q8_0: less memory, a little less exact (docs/numerics.md)" }
 #define OPTIONS_SESSION                                                                                                \
     { .name = "--ctx", .type = ARG_U32, .offset = OPT_COMMON(ctx), .value = "N", .def = "0", .min = 0, .max = 1 << 24, \
       .help = "context in tokens; 0: as long as needed, at most 4096" },                                               \

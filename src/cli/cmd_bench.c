@@ -12,7 +12,7 @@ struct bench_args {
     struct common common;
     bool json, no_ops;
     const char *compare, *trace;
-    uint32_t prompt, generate, rows, row, rank, repeats;
+    uint32_t prompt, generate, context, rows, row, rank, repeats;
 };
 
 static void on_phase(void *user, const char *phase, uint32_t done, uint32_t total)
@@ -58,16 +58,16 @@ static void phase_print(const struct keel_bench_phase *p)
     }
 }
 
-static json_t *result_json(const struct context *c, const struct keel_bench_result *r)
+static json_t *result_json(const struct context *c, const struct bench_args *a, const struct keel_bench_result *r)
 {
     const struct keel_caps *caps = keel_device_caps(c->dev);
     json_t *phases = json_array();
     for (uint32_t i = 0; i < r->n_phases; i++) {
         json_array_append_new(phases, phase_json(&r->phase[i]));
     }
-    return json_pack("{s:s, s:s, s:s, s:f, s:f, s:f, s:I, s:f, s:o}", "model", keel_model_info(c->model)->path, "device", caps->name,
-                     "driver", caps->driver, "peak_gflops", r->gflops, "peak_gbps", r->gbps, "load_seconds", (double)c->load_ns * 1e-9,
-                     "peak_bytes", (json_int_t)r->peak_bytes, "longest_submit_ms", (double)r->longest_submit_ns * 1e-6, "phases",
+    return json_pack("{s:s, s:s, s:s, s:i, s:s, s:f, s:f, s:f, s:I, s:f, s:o}", "model", keel_model_info(c->model)->path, "device", caps->name,
+                     "kv", a->common.kv, "context", (int)a->context, "driver", caps->driver, "peak_gflops",
+                     r->gflops, "peak_gbps", r->gbps, "load_seconds", (double)c->load_ns * 1e-9, "peak_bytes", (json_int_t)r->peak_bytes, "longest_submit_ms", (double)r->longest_submit_ns * 1e-6, "phases",
                      phases);
 }
 
@@ -85,7 +85,7 @@ static void result_print(const struct context *c, const struct keel_bench_result
 // Beside a saved run unless `saved` is NULL.
 static void report(const struct context *c, const struct bench_args *a, const struct keel_bench_result *r, const json_t *saved)
 {
-    json_t *now = result_json(c, r);
+    json_t *now = result_json(c, a, r);
     json_t *compared = saved ? bench_compare(saved, now, c) : NULL;
     if (a->json) {
         if (compared) {
@@ -119,7 +119,7 @@ static int bench_run(const void *args)
     }
     if (st == KEEL_OK) {
         const struct keel_bench_params params = {
-            .n_prompt = a->prompt, .n_generate = a->generate, .train_rows = a->rows, .train_row = a->row, .rank = a->rank,
+            .n_prompt = a->prompt, .n_generate = a->generate, .n_context = a->context, .kv = a->common.kv, .train_rows = a->rows, .train_row = a->row, .rank = a->rank,
             .n_batch = a->common.batch_tokens, .repeats = a->repeats, .ops = !a->no_ops, .trace = a->trace, .progress = on_phase,
             .user = (void *)args,
         };
@@ -141,6 +141,8 @@ static const struct arg_option options[] = {
       .help = "prefill so many tokens; 0: skip" },
     { .name = "--tokens", .brief = "-n", .type = ARG_U32, .offset = AT(generate), .value = "N", .def = "8", .min = 0, .max = 1 << 20,
       .help = "decode so many tokens; 0: skip" },
+    { .name = "--context", .type = ARG_U32, .offset = AT(context), .value = "N", .def = "16", .min = 1, .max = 1 << 20,
+      .help = "after so many others" },
     { .name = "--rows", .type = ARG_U32, .offset = AT(rows), .value = "N", .def = "1", .min = 0, .max = 1024,
       .help = "train on so many rows at once; 0: skip" },
     { .name = "--seq-len", .type = ARG_U32, .offset = AT(row), .value = "N", .def = "128", .min = 2, .max = 131072,
@@ -155,6 +157,7 @@ static const struct arg_option options[] = {
       .help = "write what ran when, for ui.perfetto.dev or chrome://tracing" },
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,
       .max = 65536, .help = "tokens a pass takes at once" },
+    OPTION_KV,
     OPTIONS_DEVICE,
     OPTIONS_LOG,
 };

@@ -106,7 +106,7 @@ static int info_vision(const struct info_args *a)
 static keel_status show_plan(const struct context *c, const struct info_args *a, bool train, json_t *out)
 {
     struct keel_plan plan;
-    struct keel_plan_params p = { .n_ctx = a->ctx, .n_batch = a->common.batch_tokens, .targets = a->targets,
+    struct keel_plan_params p = { .n_ctx = a->ctx, .n_batch = a->common.batch_tokens, .kv = a->common.kv, .targets = a->targets,
                                   .images = a->common.mmproj != NULL };
     if (train) {
         p = (struct keel_plan_params){
@@ -126,7 +126,7 @@ static keel_status show_plan(const struct context *c, const struct info_args *a,
     if (train) {
         printf("memory to train rank %u, %u rows of %u tokens a micro-batch\n", a->rank, a->batch, a->seq_len);
     } else {
-        printf("memory to run with %u tokens of context, %u a pass\n", a->ctx, p.n_batch);
+        printf("memory to run with %u tokens of context, %u a pass, keys and values as %s\n", a->ctx, p.n_batch, p.kv);
     }
     plan_print(stdout, &plan);
     return st;
@@ -179,6 +179,7 @@ static const struct arg_option options[] = {
       .help = "plan for a context of N tokens" },
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,
       .max = 65536, .help = "and N tokens a pass" },
+    OPTION_KV,
     { .name = "--rank", .type = ARG_U32, .offset = AT(rank), .value = "N", .def = "0", .min = 0, .max = 1024,
       .help = "plan training of this LoRA rank too; 0: no" },
     { .name = "--batch", .type = ARG_U32, .offset = AT(batch), .value = "N", .def = "4", .min = 1, .max = 1024,

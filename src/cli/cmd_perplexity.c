@@ -135,6 +135,7 @@ static const struct arg_option options[] = {
     OPTION_STEER,
     { .name = "--batch-tokens", .type = ARG_U32, .offset = OPT_COMMON(batch_tokens), .value = "N", .def = "256", .min = 1,
       .max = 65536, .help = "tokens a pass takes at once" },
+    OPTION_KV,
     OPTIONS_DEVICE,
     OPTIONS_LOG,
 };

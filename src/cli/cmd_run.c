@@ -395,6 +395,7 @@ static const struct arg_option options[] = {
       .help = "how many tokens count as lately" },
     { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "same seed, same text" },
     OPTIONS_SESSION,
+    OPTION_KV,
     OPTIONS_DEVICE,
     OPTIONS_LOG,
 };

@@ -220,6 +220,7 @@ static const struct arg_option options[] = {
     OPTION_STEER,
     OPTIONS_IMAGES,
     OPTIONS_SESSION,
+    OPTION_KV,
     OPTIONS_DEVICE,
     OPTIONS_LOG,
 };

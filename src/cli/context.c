@@ -178,6 +178,7 @@ keel_status context_open_session(struct context *c, const struct common *o, uint
     const struct keel_session_params params = {
         .n_ctx = n_ctx ? n_ctx : o->ctx,
         .n_batch = o->batch_tokens,
+        .kv = o->kv,
     };
     keel_status st = keel_session_create(&c->session, c->model, &params);
     for (size_t i = 0; st == KEEL_OK && i < o->lora.n; i++) {

@@ -45,7 +45,8 @@ out:
 keel_status keel_study_session(struct study *s, const struct study_state *state, keel_session **session, keel_hooks **hooks)
 {
     keel_status st = KEEL_OK;
-    const struct keel_session_params params = { .n_ctx = KEEL_MIN(1024u, keel_model_info(s->model)->context) };
+    const struct keel_session_params params = { .n_ctx = KEEL_MIN(1024u, keel_model_info(s->model)->context),
+                                                .kv = s->file->eval.kv };
     KEEL_TRY(keel_session_create(session, s->model, &params));
     for (size_t i = 0; i < state->n_adapters; i++) {
         KEEL_TRY(keel_session_add_adapter(*session, state->adapter[i].path, state->adapter[i].scale));

@@ -293,7 +293,7 @@ keel_status keel_study_describe(json_t **out, const struct study_origin *o, cons
                                 const struct study_stage *stage, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    char hex[20], id[20];
+    char hex[20], id[20], precision[96];
     const struct study_file *f = o->file;
     const struct keel_model_info *info = keel_model_info(o->model);
     const struct keel_caps *caps = keel_device_caps(o->dev);
@@ -306,8 +306,11 @@ keel_status keel_study_describe(json_t **out, const struct study_origin *o, cons
     KEEL_TRY(list_data(&data, o, log));
     snprintf(hex, sizeof hex, "%016" PRIx64, info->hash ? info->hash : keel_model_hash(o->model));
     run_id(id, o->config, hex, data, setting);
+    const bool packed = strcmp(f->eval.kv, "f32") != 0;
+    snprintf(precision, sizeof precision, "activations and logits in fp32%s%s", packed ? ", cached keys and values in " : "",
+             packed ? f->eval.kv : "");
     m = json_pack("{s:i, s:s, s:s, s:s, s:I, s:{s:s, s:s, s:s, s:s}, s:O, s:{s:s, s:s, s:s}, s:s, s:I, s:{}, s:{}, s:{s:o, s:o, s:o}, s:s}",
-                  "format", KEEL_MANIFEST_FORMAT, "name", f->name, "run", id, "precision", "activations and logits in fp32", "seed",
+                  "format", KEEL_MANIFEST_FORMAT, "name", f->name, "run", id, "precision", precision, "seed",
                   (json_int_t)f->seed, "model", "path", o->model_path, "name", info->name, "hash", hex, "types", info->types, "data",
                   data, "device", "name", caps->name, "driver", caps->driver, "profile", caps->profile, "keel", KEEL_VERSION, "started",
                   (json_int_t)keel_unix_time(), "seconds", "peak_bytes", "budget", "kl_mean", limit(f->budget.kl_mean), "margin_drop",

@@ -272,9 +272,12 @@ static keel_status fill_eval(const struct study_source *src, struct study_eval *
 {
     keel_status st = KEEL_OK;
     *e = (struct study_eval){ .margin = y->margin, .narrow = y->narrow, .kl = y->kl, .slots = y->slots, .answer_tokens = 16,
-                              .chat = y->prompts && strcmp(y->prompts, "chat") == 0 };
+                              .chat = y->prompts && strcmp(y->prompts, "chat") == 0, .kv = y->kv ? y->kv : "f32" };
     if (y->prompts && !e->chat && strcmp(y->prompts, "plain") != 0) {
         KEEL_TRY(keel_study_complain(src, "eval", "prompts", "must be plain or chat"));
+    }
+    if (strcmp(e->kv, "f32") != 0 && strcmp(e->kv, "f16") != 0 && strcmp(e->kv, "q8_0") != 0) {
+        KEEL_TRY(keel_study_complain(src, "eval", "kv", "must be f32, f16 or q8_0"));
     }
     KEEL_TRY(keel_study_count(src, "eval", "answer_tokens", y->answer_tokens, 1, 4096, &e->answer_tokens));
     KEEL_TRY(keel_study_count(src, "eval", "examples", y->examples, 0, 1000, &e->examples));

@@ -40,6 +40,7 @@ struct study_projection {
 struct study_eval {
     const char *margin, *narrow, *kl, *slots; // NULL: not measured
     bool chat;                                // prompts are user turns of the chat template
+    const char *kv;                           // as in keel_session_params
     uint32_t answer_tokens, examples;
     uint32_t context_rows;   // training rows before each slot probe when it is asked again in context; 0: it is not
     uint32_t context_probes; // how many of the slot probes are; 0: all

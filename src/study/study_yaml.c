@@ -66,6 +66,7 @@ static const cyaml_schema_field_t eval_fields[] = {
     TEXT(OPT, yaml_eval, kl),
     TEXT(OPT, yaml_eval, slots),
     TEXT(OPT, yaml_eval, prompts),
+    TEXT(OPT, yaml_eval, kv),
     COUNT(yaml_eval, answer_tokens),
     COUNT(yaml_eval, examples),
     COUNT(yaml_eval, context_rows),

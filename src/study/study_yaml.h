@@ -32,7 +32,7 @@ struct yaml_projection {
     uint64_t *layer;
 };
 struct yaml_eval {
-    char *margin, *narrow, *kl, *slots, *prompts;
+    char *margin, *narrow, *kl, *slots, *prompts, *kv;
     uint64_t *answer_tokens, *examples, *context_rows, *context_probes;
     struct yaml_projection *projection;
 };

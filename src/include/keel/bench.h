@@ -11,7 +11,9 @@ extern "C" {
 
 struct keel_bench_params {
     uint32_t n_prompt;   // prefill: tokens of the prompt; 0: not measured
-    uint32_t n_generate; // decode: tokens one after another, after a prompt of 16; 0: not measured
+    uint32_t n_generate; // decode: tokens one after another; 0: not measured
+    uint32_t n_context;  // after a prompt of so many
+    const char *kv;      // prefill and decode: as in keel_session_params
     uint32_t train_rows, train_row; // training: rows of a micro-batch and tokens of each; 0 rows: not measured
     uint32_t rank;       // of the adapter trained, on all seven projections
     uint32_t n_batch;    // tokens a pass takes at once
@@ -22,7 +24,7 @@ struct keel_bench_params {
     void *user;
 };
 #define KEEL_BENCH_DEFAULTS                                                                                            \
-    .n_prompt = 64, .n_generate = 8, .train_rows = 1, .train_row = 128, .rank = 16, .n_batch = 256, .repeats = 2, .ops = true,
+    .n_prompt = 64, .n_generate = 8, .n_context = 16, .train_rows = 1, .train_row = 128, .rank = 16, .n_batch = 256, .repeats = 2, .ops = true,
 
 struct keel_bench_op {
     char label[48];

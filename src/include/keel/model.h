@@ -80,6 +80,7 @@ KEEL_API keel_status keel_chat_encode(const keel_model *model, const struct keel
 struct keel_plan_params {
     uint32_t n_ctx;      // inference: context of one session; 0: no session
     uint32_t n_batch;    // tokens a forward pass takes at once
+    const char *kv;      // as in keel_session_params
     uint32_t train_rank; // 0: no training
     uint32_t train_tokens; // tokens of one micro-batch (batch × longest row)
     uint32_t train_row;    // longest row

@@ -16,8 +16,10 @@ typedef struct keel_session keel_session;
 struct keel_session_params {
     uint32_t n_ctx;   // tokens a sequence may have; 0: 4096 or the model's context if that is smaller
     uint32_t n_batch; // tokens a forward pass takes at once; 0: 256
+    const char *kv;   // how caches hold keys and values: "f32" (also NULL), "f16", "q8_0"; docs/numerics.md says what that does.
+                      // Rows of an evaluation that fit a pass and share no beginning need no cache.
 };
-// NULL params: the defaults. Errors: NO_MEMORY, ARG (context above the model's).
+// NULL params: the defaults. Errors: NO_MEMORY, ARG (context above the model's, unknown kv).
 KEEL_API keel_status keel_session_create(keel_session **out, keel_model *model, const struct keel_session_params *params);
 KEEL_API void keel_session_destroy(keel_session **session); // accepts NULL and pointers to NULL
 
