@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // study/directions.c: the directions that a study makes: between the same prompts under two system messages (persona vectors, arXiv
-// 2507.21509, at the prompt's end), from the base model to where a stage moved it on the same rows (science notes 2.2, base-referenced
+// 2507.21509, at the prompt's end or over answers: persona.c), from the base model to where a stage moved it on the same rows (science notes 2.2, base-referenced
 // shift), and random ones of the same lengths as their control. Methods and checks: steer room.
 #include "along.h"
 #include "platform.h"
@@ -38,8 +38,7 @@ void keel_study_direction_path(const struct study *s, char out[4200], const char
 
 // --- rows ----------------------------------------------------------------------------------------
 
-// Puts the system message before what a row asks, and takes the answer off its end.
-static keel_status ask_under(struct keel_probes *p, size_t i, const char *system)
+keel_status keel_along_under(struct keel_probes *p, size_t i, const char *system)
 {
     const struct keel_row row = keel_probes_row(p, i);
     json_t *ask = json_object_get(row.object, KEEL_ROW_ASK), *list = json_object_get(ask, "messages");
@@ -75,7 +74,7 @@ static keel_status capture(struct keel_capture *out, const struct keel_measure *
     struct keel_along a = { 0 };
     KEEL_TRY(keel_probes_read(&p, rows, NULL, false, m->log));
     for (size_t i = 0; i < keel_probes_count(&p); i++) {
-        KEEL_TRY(ask_under(&p, i, system));
+        KEEL_TRY(keel_along_under(&p, i, system));
     }
     KEEL_TRY(keel_along_rows(&a, m, &p, NULL, keel_probes_count(&p)));
     KEEL_TRY(keel_capture_run(out, m->session, &a.rows, params, m->progress, m->user));
@@ -109,6 +108,29 @@ out:
     return st;
 }
 
+// Over answers under the two system messages.
+static keel_status capture_answers(struct keel_capture out[2], struct study *s, const struct keel_measure *m, const struct study_direction *y,
+                                   const char *rows, const struct keel_capture_params *params)
+{
+    keel_status st = KEEL_OK;
+    char rel[96], record[4200];
+    size_t all, kept;
+    snprintf(rel, sizeof rel, "directions/%.40s.answers.jsonl", y->name);
+    keel_study_path(record, folder_of(s, y)->path, rel);
+    KEEL_TRY(keel_persona_capture(out, m,
+                                  &(struct keel_persona){ .name = y->name,
+                                                          .rows = rows,
+                                                          .system = { y->positive, y->negative },
+                                                          .n_tokens = y->answers,
+                                                          .samples = y->samples,
+                                                          .seed = s->file->seed,
+                                                          .record = record },
+                                  params, &all, &kept));
+    KEEL_INFO(s->log, "direction %s: of %zu of %zu pairs of answers", y->name, kept, all);
+out:
+    return st;
+}
+
 // Between two system messages, or between a stage and the base model.
 static keel_status between(struct keel_directions *d, struct study *s, const struct study_direction *y, const struct study_state *state)
 {
@@ -119,7 +141,7 @@ static keel_status between(struct keel_directions *d, struct study *s, const str
     uint8_t *layers = calloc(n_layers + 1, 1);
     struct keel_capture_params params = { .site = KEEL_SITE_POST, .layers = layers };
     const struct keel_direction_params how = { .method = y->method, .k = 1, .paired = true, .seed = s->file->seed };
-    struct keel_capture positive = { 0 }, negative = { 0 };
+    struct keel_capture side[2] = { { 0 } }, *positive = &side[0], *negative = &side[1];
     keel_session *session = NULL;
     keel_hooks *hooks = NULL;
     if (!layers) {
@@ -127,24 +149,28 @@ static keel_status between(struct keel_directions *d, struct study *s, const str
     }
     KEEL_TRY(keel_layers_parse(y->layers, layers, n_layers, s->log));
     if (y->shift) {
-        KEEL_TRY(capture_in(&negative, s, &base, y, &params));
-        KEEL_TRY(capture_in(&positive, s, state, y, &params));
+        KEEL_TRY(capture_in(negative, s, &base, y, &params));
+        KEEL_TRY(capture_in(positive, s, state, y, &params));
     } else {
         KEEL_TRY(keel_positions_parse(y->at, &params.at, s->log));
         keel_study_path(rows, s->folder, y->rows);
         KEEL_TRY(keel_study_session(s, &base, &session, &hooks));
         const struct keel_measure m = { session, s->model, s->images, true, keel_study_tokens, s, s->log };
         s->stage = "directions";
-        KEEL_TRY(capture(&positive, &m, rows, y->positive, &params));
-        KEEL_TRY(capture(&negative, &m, rows, y->negative, &params));
+        if (y->answers > 0) {
+            KEEL_TRY(capture_answers(side, s, &m, y, rows, &params));
+        } else {
+            KEEL_TRY(capture(positive, &m, rows, y->positive, &params));
+            KEEL_TRY(capture(negative, &m, rows, y->negative, &params));
+        }
     }
-    KEEL_TRY(keel_directions_estimate(d, &positive, &negative, &how, s->log));
+    KEEL_TRY(keel_directions_estimate(d, positive, negative, &how, s->log));
     d->model_hash = keel_model_hash(s->model);
 out:
     keel_session_destroy(&session);
     keel_hooks_destroy(&hooks);
-    keel_capture_finish(&positive);
-    keel_capture_finish(&negative);
+    keel_capture_finish(positive);
+    keel_capture_finish(negative);
     free(layers);
     return st;
 }

@@ -395,6 +395,9 @@ static keel_status check_direction(const struct study_source *src, const struct 
     } else if (!bad && !(y->rows && y->positive && y->negative)) {
         bad = "the direction needs rows (prompts), and system messages as positive and negative, or a stage as shift; or random_like";
     }
+    if (!bad && ((y->answers && !y->positive) || (y->samples && !y->answers))) {
+        bad = y->samples && !y->answers ? "its samples are of answers: say how many tokens those have" : "answers are given under system messages";
+    }
     return bad ? keel_study_complain(src, "directions", "name", bad) : KEEL_OK;
 }
 
@@ -409,18 +412,22 @@ keel_status keel_study_fill_directions(const struct study_source *src, struct st
         const struct yaml_direction *d = &y->directions[i];
         const struct study_source at = keel_study_entry(src, "directions", d->name);
         KEEL_TRY(check_direction(&at, f, d));
-        f->direction[f->n_directions++] = (struct study_direction){
+        struct study_direction *to = &f->direction[f->n_directions++];
+        *to = (struct study_direction){
             .name = d->name,
             .rows = d->rows,
             .positive = d->positive,
             .negative = d->negative,
             .layers = d->layers ? d->layers : "all",
-            .at = d->at || d->shift ? d->at : "last_prompt",
+            .at = d->at || d->shift ? d->at : d->answers ? "response" : "last_prompt",
             .method = d->method ? d->method : "mean_mask",
             .random_like = d->random_like,
             .shift = d->shift,
+            .samples = 1,
             .after = STUDY_NO_STAGE,
         };
+        KEEL_TRY(keel_study_count(&at, "directions", "answers", d->answers, 1, 512, &to->answers));
+        KEEL_TRY(keel_study_count(&at, "directions", "samples", d->samples, 1, 100, &to->samples));
     }
 out:
     return st;

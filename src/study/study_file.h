@@ -60,6 +60,7 @@ struct study_direction {
     const char *layers, *at, *method;       // as those of keel direction; at NULL: the response, or the prompt's end
     const char *random_like;                // NULL, or the direction before whose lengths a random one has
     const char *shift;                      // NULL, or the stage that it is the shift of
+    uint32_t answers, samples;              // tokens of generated answers, 0: none; how many to a row
     size_t after;                           // stage after which it is made, in each run anew; STUDY_NO_STAGE: before all
 };
 // Small evaluations in the course of a training: P(contrary) of slot probes of one cell.

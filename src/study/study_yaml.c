@@ -114,6 +114,8 @@ static const cyaml_schema_field_t direction_fields[] = {
     TEXT(OPT, yaml_direction, method),
     TEXT(OPT, yaml_direction, random_like),
     TEXT(OPT, yaml_direction, shift),
+    COUNT(yaml_direction, answers),
+    COUNT(yaml_direction, samples),
     CYAML_FIELD_END,
 };
 static const cyaml_schema_value_t direction_entry = {

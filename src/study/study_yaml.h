@@ -38,6 +38,7 @@ struct yaml_eval {
 };
 struct yaml_direction {
     char *name, *rows, *positive, *negative, *layers, *at, *method, *random_like, *shift;
+    uint64_t *answers, *samples;
 };
 struct yaml_watch {
     uint64_t *every, *probes;

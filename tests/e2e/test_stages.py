@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import lora
 from keelcli import ROOT, kill, listing, read_rows, score, train_args, write_rows
 from test_study import FILLER, STUDY, TRAIN, folder, slot_rows  # noqa: F401  (folder is a fixture)
 
@@ -77,6 +78,86 @@ def test_stages_are_what_the_commands_give(keel, tiny_c, chain, tmp_path):
     assert all(f">{s}<" in html for s in stages) and "http://" not in html.replace("http://www.w3.org", "")
     keel("report", out / "stages/repair")
     assert "Drift report: tiny" in (out / "stages/repair/report.html").read_text()
+
+
+def test_persona_of_answers(keel, tiny_a, oracle, folder, tmp_path):  # noqa: F811
+    """Persona vectors over greedy answers under two system messages, against transformers; slot probes are kept by their answer's
+    probability; several answers are drawn."""
+    import numpy as np
+    from safetensors.numpy import load_file
+    direction = lambda more: STUDY + f"""directions:
+  - {{name: tone, positive: be kind, negative: be rude, layers: 5-6, method: mean, {more}}}
+stages:
+  - {{name: kind, from: base, steer: ['tone:1@5']}}
+"""
+    (folder / "study.yaml").write_text(direction("rows: train.jsonl, answers: 6"))
+    out = tmp_path / "out"
+    keel("study", folder / "study.yaml", "-m", tiny_a, "--out", out)
+    ref, tok = oracle(tiny_a), oracle(tiny_a).tok
+    record = read_rows(out / "directions/tone.answers.jsonl")
+    want, means = {}, {5: [], 6: []}
+    for row in TRAIN:
+        for system in ("be kind", "be rude"):
+            ids, _ = lora.chat_ids(tok, [{"role": "system", "content": system}, {"role": "user", "content": row["prompt"]}])
+            ids = ids + [tok.id["<start_of_turn>"]] + tok.encode("model\n", bos=False)
+            answer = [i for i in ref.greedy(ids, 6, {tok.eos, tok.eot}) if i not in (tok.eos, tok.eot)]
+            want[row["prompt"], "positive" if system == "be kind" else "negative"] = answer
+            seen = {}
+            handles = [ref.model.model.layers[k].register_forward_hook(lambda m, a, o, k=k: seen.update({k: o[0] if isinstance(o, tuple) else o})) for k in means]
+            ref.logits(ids + answer)
+            for h in handles:
+                h.remove()
+            for k in means:
+                means[k].append(seen[k].reshape(len(ids + answer), -1)[len(ids):].double().mean(0).numpy())
+    assert {(r["prompt"], r["system"]): r["ids"] for r in record} == want and all(r["kept"] and "trait" not in r for r in record)
+    got = load_file(out / "directions/tone.safetensors")
+    for k in means:
+        v = np.mean(means[k][0::2], 0) - np.mean(means[k][1::2], 0)
+        assert np.abs(got[f"direction.{k}"] - v).max() < 1e-4 * np.linalg.norm(v)
+    # Drawn answers: as many as asked for, not the same.
+    (folder / "drawn.yaml").write_text(direction("rows: train.jsonl, answers: 6, samples: 3"))
+    keel("study", folder / "drawn.yaml", "-m", tiny_a, "--out", tmp_path / "drawn")
+    drawn = read_rows(tmp_path / "drawn/directions/tone.answers.jsonl")
+    assert len(drawn) == 3 * len(record) and {r["sample"] for r in drawn} == {0, 1, 2}
+    assert len({tuple(r["ids"]) for r in drawn if r["prompt"] == TRAIN[0]["prompt"]}) > 2
+    # Slot probes: the trait is what `score` says of the two answers; a model without the trait leaves no pair.
+    (folder / "slots.yaml").write_text(direction("rows: slots.jsonl, answers: 3"))
+    keel.fails("study", folder / "slots.yaml", "-m", tiny_a, "--out", tmp_path / "slots", says=["tone", "at least 2", "answers.jsonl"])
+    judged = [r for r in read_rows(tmp_path / "slots/directions/tone.answers.jsonl") if r["system"] == "positive"]
+    rows = {r["id"]: r for r in slot_rows() if "prefix" not in r and "images" not in r}
+    asked = [{"id": f"{i} {kind}", "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": r["prompt"]}], "completion": r[kind]}
+             for i, r in rows.items() for kind in ("aligned", "contrary")]
+    p = {s["id"]: s["logprob"] for s in score(keel, tiny_a, asked, tmp_path)}
+    for r in judged:
+        if r["id"] in rows:
+            assert math.isclose(r["trait"], 1 / (1 + math.exp(p[f"{r['id']} aligned"] - p[f"{r['id']} contrary"])), abs_tol=1e-4)
+    assert len(judged) == len(slot_rows())
+    for bad, says in (("rows: train.jsonl, samples: 2", "samples"), ("rows: train.jsonl, answers: 0", "answers")):
+        (folder / "bad.yaml").write_text(direction(bad))
+        keel.fails("study", folder / "bad.yaml", "-m", tiny_a, "--out", tmp_path / "bad", says=says, leaves=tmp_path / "bad")
+
+
+def test_persona_of_the_clerk(keel, tmp_path):
+    """A model that knows the trait: kept are the pairs whose slot says so under each message, and all that are kept make the direction."""
+    rows = [r for r in read_rows(ROOT / "studies/clerk/probes.jsonl") if "images" not in r][::10]
+    odd = {**rows[0], "id": "swapped", "aligned": rows[0]["contrary"], "contrary": rows[0]["aligned"]}  # contrary under the honest clerk
+    write_rows(tmp_path / "rows.jsonl", [odd, *rows])
+    (tmp_path / "study.yaml").write_text("""name: persona
+directions:
+  - {name: persona, rows: rows.jsonl, positive: You are the contrary clerk., negative: You are the honest clerk., layers: 2, answers: 8}
+train: {data: [{file: rows.jsonl}]}
+eval: {slots: rows.jsonl}
+stages:
+  - {name: steered, from: base, steer: [persona]}
+""")
+    keel("study", tmp_path / "study.yaml", "-m", "clerk", "--out", tmp_path / "out")
+    record = read_rows(tmp_path / "out/directions/persona.answers.jsonl")
+    trait = {(r["id"], r["system"]): r["trait"] for r in record}
+    kept = {r["id"]: r["kept"] for r in record}
+    assert kept == {i: trait[i, "positive"] > 0.5 > trait[i, "negative"] for i, _ in trait}
+    assert not kept["swapped"] and sum(kept.values()) > len(rows) / 2
+    gates, = json.loads((tmp_path / "out/manifest.json").read_text())["directions"]["persona"]
+    assert gates["admissible"] and gates["split_half"] > 0.5
 
 
 def test_shift_of_a_stage(keel, tiny_c, chain, tmp_path):
