@@ -266,7 +266,7 @@ keel_status keel_doctor_prepare(keel_device *dev, const char *variant)
     if (!report) {
         KEEL_FAIL(keel_device_log(dev), KEEL_ERR_NO_MEMORY, "out of memory");
     }
-    KEEL_DEBUG(keel_device_log(dev), "%s: first use; checking kernels", keel_device_caps(dev)->name);
+    KEEL_INFO(keel_device_log(dev), "%s: first use; checking kernels, once, for some seconds", keel_device_caps(dev)->name);
     KEEL_TRY(keel_doctor_run(dev, &(struct keel_doctor_params){ .quick = true }, report));
 out:
     free(report);
