@@ -264,4 +264,47 @@ void keel_profile_add(keel_device *dev, struct keel_profile_event event);
 void keel_profile_set_clock(keel_device *dev, double device_ns, uint64_t host_ns);
 void keel_profile_finish(keel_device *dev);
 
+// --- hazards.c -----------------------------------------------------------------------------------
+
+#define HAZARDS_MOST 64u // ranges remembered since the last barrier; beyond it a barrier is cheaper than a long search
+
+struct range {
+    const struct keel_block *block;
+    uint64_t lo, hi;
+};
+
+struct range_list {
+    struct range items[HAZARDS_MOST];
+    uint32_t n;
+};
+
+struct hazards {
+    VkPipelineStageFlags stages; // that did work since the last barrier
+    struct range_list written, read;
+};
+
+// Whether a command with these bindings needs a barrier before it: it reads what earlier ones wrote (RAW), or writes what they
+// wrote or read (WAW, WAR).
+bool keel_hazards_meet(const struct hazards *h, const struct keel_bind *binds, uint32_t n);
+// After the barrier, if there was one: remembers what the command touches. At most HAZARDS_MOST ranges fit; meet() sees to it.
+void keel_hazards_add(struct hazards *h, const struct keel_bind *binds, uint32_t n, VkPipelineStageFlags stage);
+void keel_hazards_clear(struct hazards *h);
+
+// --- descriptors.c -------------------------------------------------------------------------------
+
+#define POOL_SETS 256u // descriptor sets in one pool, all of one layout
+
+// Descriptor sets of one layout. They are allocated once and written again for each list: allocating costs some drivers 10 us a
+// set (lavapipe 26.1.6), writing next to nothing.
+struct set_list {
+    VkDescriptorPool *pools;
+    VkDescriptorSet *sets; // POOL_SETS from each pool
+    uint32_t n_pools, used;
+};
+
+// The next free set of a list, written for a dispatch. The layout is layout_index()'s, the same for all calls on a list.
+keel_status keel_sets_next(keel_device *dev, struct set_list *l, uint32_t layout, const struct keel_dispatch *d,
+                           const struct pipeline *p, VkDescriptorSet *set);
+void keel_sets_free(keel_device *dev, struct set_list *l);
+
 #endif

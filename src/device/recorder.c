@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// device/recorder.c: a list of dispatches becomes command buffers. Here live descriptor sets, the barriers derived from what
-// dispatches read and write, the cut into short submissions, and the times taken around them.
-// Does not own pipelines or memory.
+// device/recorder.c: a list of dispatches becomes command buffers. Here live the cut into short submissions, the barriers between
+// dispatches (hazards.c says where) and the times taken around them. Does not own pipelines, memory or descriptor sets.
 #include "internal.h"
 
 #include "platform.h"
@@ -10,35 +9,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define POOL_SETS 256u     // descriptor sets in one pool, all of one layout
 #define PROFILE_MOST 1024u // dispatches in one part while profiling: one query each
-#define HAZARDS_MOST 64u   // ranges remembered since the last barrier; beyond it a barrier is cheaper than a long search
 #define GROUPS_MOST 65535u // workgroups in y and z that every device takes
 
 #define COMPUTE VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT
 #define TRANSFER VK_PIPELINE_STAGE_TRANSFER_BIT
 
-struct range {
-    const struct keel_block *block;
-    uint64_t lo, hi;
-};
-
-struct range_list {
-    struct range items[HAZARDS_MOST];
-    uint32_t n;
-};
-
 struct entry {
     const char *label;
     uint64_t flops, bytes;
-};
-
-// Descriptor sets of one layout. They are allocated once and written again for each list: allocating costs some drivers 10 us a
-// set (lavapipe 26.1.6), writing next to nothing.
-struct set_list {
-    VkDescriptorPool *pools;
-    VkDescriptorSet *sets; // POOL_SETS from each pool
-    uint32_t n_pools, used;
 };
 
 // One submission: a command buffer and all that lives as long as it.
@@ -69,8 +48,7 @@ struct keel_recorder {
     uint32_t used;     // replay: parts of the list; else parts begun since creation
     struct part *open; // being recorded
     VkPipeline bound;
-    VkPipelineStageFlags stages; // that did work since the last barrier
-    struct range_list written, read;
+    struct hazards hazards;
     uint64_t last_done_ns;
 };
 
@@ -94,11 +72,7 @@ static bool vk_ok(keel_recorder *rec, VkResult r, const char *what)
 static void free_part(keel_device *dev, struct part *p)
 {
     for (uint32_t n = 0; n < N_LAYOUTS; ++n) {
-        for (uint32_t i = 0; i < p->sets[n].n_pools; ++i) {
-            dev->vk.vkDestroyDescriptorPool(dev->handle, p->sets[n].pools[i], NULL);
-        }
-        free(p->sets[n].pools);
-        free(p->sets[n].sets);
+        keel_sets_free(dev, &p->sets[n]);
     }
     dev->vk.vkDestroyQueryPool(dev->handle, p->queries, NULL);
     dev->vk.vkDestroyFence(dev->handle, p->fence, NULL);
@@ -278,13 +252,6 @@ static void submit_part(keel_recorder *rec, struct part *p)
     }
 }
 
-static void clear_hazards(keel_recorder *rec)
-{
-    rec->written.n = 0;
-    rec->read.n = 0;
-    rec->stages = 0;
-}
-
 static void begin_part(keel_recorder *rec)
 {
     keel_device *dev = rec->dev;
@@ -303,7 +270,7 @@ static void begin_part(keel_recorder *rec)
     memset(p->kind_ns, 0, sizeof(p->kind_ns));
     p->fresh = false;
     rec->bound = VK_NULL_HANDLE;
-    clear_hazards(rec);
+    keel_hazards_clear(&rec->hazards);
     if (rec->status != KEEL_OK || !vk_ok(rec, dev->vk.vkBeginCommandBuffer(p->cmd, &begin), "starting to record")) {
         return;
     }
@@ -396,62 +363,22 @@ static void book(keel_recorder *rec, const char *label, uint64_t flops, uint64_t
 
 // --- barriers ------------------------------------------------------------------------------------
 
-static struct range range_of(struct keel_span s)
-{
-    return (struct range){.block = s.block, .lo = s.offset, .hi = s.offset + s.bytes};
-}
-
-static bool overlaps(const struct range_list *l, struct range r)
-{
-    for (uint32_t i = 0; i < l->n; ++i) {
-        if (l->items[i].block == r.block && l->items[i].lo < r.hi && r.lo < l->items[i].hi) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void remember(struct range_list *l, struct range r)
-{
-    if (l->n > 0) {
-        const struct range *last = &l->items[l->n - 1];
-        if (last->block == r.block && last->lo == r.lo && last->hi == r.hi) {
-            return;
-        }
-    }
-    l->items[l->n++] = r;
-}
-
-// Orders the coming command after all recorded before it, if it reads what they wrote (RAW) or writes what they wrote or
-// read (WAW, WAR); and remembers its own ranges.
+// Orders the coming command after all recorded before it where it must be, and remembers its own ranges.
 static void order(keel_recorder *rec, const struct keel_bind *binds, uint32_t n, VkPipelineStageFlags stage)
 {
-    bool hazard = rec->written.n + n > HAZARDS_MOST || rec->read.n + n > HAZARDS_MOST;
-    for (uint32_t i = 0; i < n && !hazard; ++i) {
-        const struct range r = range_of(binds[i].span);
-        hazard = overlaps(&rec->written, r) || (binds[i].access != KEEL_READ && overlaps(&rec->read, r));
-    }
-    if (hazard && rec->stages) {
+    struct hazards *h = &rec->hazards;
+    if (keel_hazards_meet(h, binds, n)) {
         const VkMemoryBarrier barrier = {
             .sType = VK_STRUCTURE_TYPE_MEMORY_BARRIER,
-            .srcAccessMask = (rec->stages & COMPUTE ? VK_ACCESS_SHADER_WRITE_BIT : 0)
-                | (rec->stages & TRANSFER ? VK_ACCESS_TRANSFER_WRITE_BIT : 0),
+            .srcAccessMask = (h->stages & COMPUTE ? VK_ACCESS_SHADER_WRITE_BIT : 0)
+                | (h->stages & TRANSFER ? VK_ACCESS_TRANSFER_WRITE_BIT : 0),
             .dstAccessMask = VK_ACCESS_SHADER_READ_BIT | VK_ACCESS_SHADER_WRITE_BIT | VK_ACCESS_TRANSFER_READ_BIT
                 | VK_ACCESS_TRANSFER_WRITE_BIT};
-        rec->dev->vk.vkCmdPipelineBarrier(rec->open->cmd, rec->stages, COMPUTE | TRANSFER, 0, 1, &barrier, 0, NULL, 0, NULL);
+        rec->dev->vk.vkCmdPipelineBarrier(rec->open->cmd, h->stages, COMPUTE | TRANSFER, 0, 1, &barrier, 0, NULL, 0, NULL);
         ++rec->dev->n_barriers;
-        clear_hazards(rec);
+        keel_hazards_clear(h);
     }
-    for (uint32_t i = 0; i < n; ++i) {
-        const struct range r = range_of(binds[i].span);
-        if (binds[i].access != KEEL_READ) {
-            remember(&rec->written, r);
-        }
-        if (binds[i].access != KEEL_WRITE) {
-            remember(&rec->read, r);
-        }
-    }
-    rec->stages |= stage;
+    keel_hazards_add(h, binds, n, stage);
 }
 
 // --- dispatches ----------------------------------------------------------------------------------
@@ -481,80 +408,6 @@ out:
     return st;
 }
 
-// Adds a pool and its sets to a list.
-static bool grow_sets(keel_recorder *rec, struct set_list *l, uint32_t layout)
-{
-    keel_device *dev = rec->dev;
-    VkDescriptorSetLayout layouts[POOL_SETS];
-    const VkDescriptorPoolSize size[2] = {
-        {.type = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .descriptorCount = POOL_SETS * (layout >> MAX_TEXEL_BINDS)},
-        {.type = VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER, .descriptorCount = POOL_SETS * MAX_TEXEL_BINDS}};
-    const VkDescriptorPoolCreateInfo pool = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_POOL_CREATE_INFO, .maxSets = POOL_SETS,
-                                             .poolSizeCount = 2, .pPoolSizes = size};
-    VkDescriptorPool *pools = realloc(l->pools, (l->n_pools + 1) * sizeof(VkDescriptorPool));
-    l->pools = pools ? pools : l->pools;
-    VkDescriptorSet *sets = realloc(l->sets, (size_t)(l->n_pools + 1) * POOL_SETS * sizeof(VkDescriptorSet));
-    l->sets = sets ? sets : l->sets;
-    if (!pools || !sets) {
-        KEEL_ERROR(dev->log, "out of host memory while recording");
-        fail(rec, KEEL_ERR_NO_MEMORY);
-        return false;
-    }
-    if (!vk_ok(rec, dev->vk.vkCreateDescriptorPool(dev->handle, &pool, NULL, &l->pools[l->n_pools]), "making descriptors")) {
-        return false;
-    }
-    for (uint32_t i = 0; i < POOL_SETS; ++i) {
-        layouts[i] = dev->pipelines.set_layouts[layout];
-    }
-    const VkDescriptorSetAllocateInfo info = {.sType = VK_STRUCTURE_TYPE_DESCRIPTOR_SET_ALLOCATE_INFO,
-                                              .descriptorPool = l->pools[l->n_pools], .descriptorSetCount = POOL_SETS,
-                                              .pSetLayouts = layouts};
-    if (!vk_ok(rec, dev->vk.vkAllocateDescriptorSets(dev->handle, &info, l->sets + (size_t)l->n_pools * POOL_SETS),
-               "making descriptors")) {
-        dev->vk.vkDestroyDescriptorPool(dev->handle, l->pools[l->n_pools], NULL);
-        return false;
-    }
-    ++l->n_pools;
-    return true;
-}
-
-static VkDescriptorSet next_set(keel_recorder *rec, uint32_t layout)
-{
-    struct set_list *l = &rec->open->sets[layout];
-    if (l->used == l->n_pools * POOL_SETS && !grow_sets(rec, l, layout)) {
-        return VK_NULL_HANDLE;
-    }
-    return l->sets[l->used++];
-}
-
-static keel_status write_set(keel_device *dev, VkDescriptorSet set, const struct keel_dispatch *d, const struct pipeline *p)
-{
-    keel_status st = KEEL_OK;
-    VkDescriptorBufferInfo buffers[KEEL_MAX_BINDS];
-    VkBufferView views[KEEL_MAX_BINDS];
-    VkWriteDescriptorSet writes[MAX_TEXEL_BINDS + 1];
-    uint32_t n = 0, first = 0;
-    while (first < d->n_bind && p->texel >> first & 1) {
-        KEEL_TRY(keel_texel_view(dev, d->bind[first].span, p->texel_float >> first & 1, &views[first]));
-        writes[n++] = (VkWriteDescriptorSet){.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .dstBinding = first,
-                                             .descriptorCount = 1, .descriptorType = VK_DESCRIPTOR_TYPE_UNIFORM_TEXEL_BUFFER,
-                                             .pTexelBufferView = &views[first]};
-        ++first;
-    }
-    for (uint32_t i = first; i < d->n_bind; ++i) {
-        const struct keel_span s = d->bind[i].span;
-        buffers[i] = (VkDescriptorBufferInfo){.buffer = s.block->buffer, .offset = s.offset, .range = s.bytes};
-    }
-    if (first < d->n_bind) { // one write runs over consecutive bindings of one buffer each (Vulkan 1.1, 14.2.4)
-        writes[n++] = (VkWriteDescriptorSet){.sType = VK_STRUCTURE_TYPE_WRITE_DESCRIPTOR_SET, .dstSet = set, .dstBinding = first,
-                                             .descriptorCount = d->n_bind - first,
-                                             .descriptorType = VK_DESCRIPTOR_TYPE_STORAGE_BUFFER, .pBufferInfo = buffers + first};
-    }
-    dev->vk.vkUpdateDescriptorSets(dev->handle, n, writes, 0, NULL);
-out:
-    return st;
-}
-
 void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
 {
     keel_device *dev = rec->dev;
@@ -580,11 +433,9 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
     }
     const VkCommandBuffer cmd = rec->open->cmd;
     if (d->n_bind > 0) {
-        const VkDescriptorSet set = next_set(rec, layout_index(d->n_bind, p->texel));
-        if (!set) {
-            return;
-        }
-        st = write_set(dev, set, d, p);
+        VkDescriptorSet set = VK_NULL_HANDLE;
+        const uint32_t layout = layout_index(d->n_bind, p->texel);
+        st = keel_sets_next(dev, &rec->open->sets[layout], layout, d, p, &set);
         if (st != KEEL_OK) {
             fail(rec, st);
             return;
@@ -724,7 +575,7 @@ void keel_recorder_reset(keel_recorder *rec)
     rec->ended = false;
     rec->used = 0;
     rec->status = rec->dev->lost ? KEEL_ERR_DEVICE_LOST : KEEL_OK;
-    clear_hazards(rec);
+    keel_hazards_clear(&rec->hazards);
 }
 
 void keel_recorder_destroy(keel_recorder **prec)
