@@ -3,10 +3,13 @@
 """Turns one compute shader into a C file, or a list of module names into the header that declares them or the table of all.
 
     build.py shader --glslang P --spirv-val P --include DIR --source F.comp --name N --out N.c --depfile N.d [DEFINE...]
+    build.py absent --name N --out N.c
+    build.py probe --glslang P --spirv-val P F.comp
     build.py header --out shaders.h NAME...
     build.py table --out shaders.c NAME...
 
-The C file holds `const uint32_t keel_spv_N[]` and `const struct keel_shader keel_sh_N`. A warning of the compiler is an error.
+The C file holds `const uint32_t keel_spv_N[]` and `const struct keel_shader keel_sh_N`. A warning of the compiler is an error. An absent
+module, one that the compiler at hand cannot make, has no code. A probe exits 0 if the tools accept the shader.
 """
 import argparse
 import os
@@ -44,6 +47,19 @@ def shader(a):
         f.write(f"const struct keel_shader keel_sh_{a.name} = {{\"{a.name}\", keel_spv_{a.name}, {len(words)}}};\n")
 
 
+def absent(a):
+    with open(a.out, "w") as f:
+        f.write("// Made by shaders/build.py. Do not edit.\n#include \"shaders.h\"\n\n")
+        f.write(f"const struct keel_shader keel_sh_{a.name} = {{\"{a.name}\", NULL, 0}};\n")
+
+
+def probe(a):
+    with tempfile.TemporaryDirectory() as tmp:
+        spv = os.path.join(tmp, "out.spv")
+        run([a.glslang, "--target-env", "vulkan1.1", "-S", "comp", "-o", spv, a.source], a.source)
+        run([a.spirv_val, "--target-env", "vulkan1.1", spv], a.source)
+
+
 def header(a):
     with open(a.out, "w") as f:
         f.write("// Every shader module of keel. Made by shaders/build.py from the list in shaders/meson.build. Do not edit.\n")
@@ -67,6 +83,15 @@ def main():
         s.add_argument("--" + opt, required=True)
     s.add_argument("define", nargs="*")
     s.set_defaults(do=shader)
+    b = sub.add_parser("absent")
+    b.add_argument("--name", required=True)
+    b.add_argument("--out", required=True)
+    b.set_defaults(do=absent)
+    o = sub.add_parser("probe")
+    o.add_argument("--glslang", required=True)
+    o.add_argument("--spirv-val", required=True)
+    o.add_argument("source")
+    o.set_defaults(do=probe)
     h = sub.add_parser("header")
     h.add_argument("--out", required=True)
     h.add_argument("name", nargs="+")

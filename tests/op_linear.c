@@ -4,6 +4,8 @@
 // factoring scale and minimum out of the sum is allowed and 16-bit accumulation is not.
 #include "op_test.h"
 
+#include "variants.h"
+
 static const enum keel_dtype types[] = { KEEL_F32,  KEEL_F16,  KEEL_BF16, KEEL_Q4_0, KEEL_Q4_1, KEEL_Q5_0,
                                          KEEL_Q5_1, KEEL_Q8_0, KEEL_Q4_K, KEEL_Q5_K, KEEL_Q6_K };
 
@@ -32,7 +34,31 @@ static void record_embed(keel_recorder *rec, const void *p)
     keel_embed(rec, p);
 }
 
+// Σ|terms| of each element and budgets of n sums of `terms`; a variant that rounds its input may be off by that part of each term.
+static double *budgets(struct op_test *t, enum keel_family f, uint32_t tokens, const double *size, size_t n, int terms)
+{
+    double *b = op_sum_budgets(t, size, n, terms);
+    const double rounding = tokens < KEEL_MATMUL_TOKENS ? 0 : keel_variant_rounding(keel_variant_of(op_device(t), f));
+    for (size_t i = 0; i < n; i++) {
+        b[i] += rounding * size[i];
+    }
+    return b;
+}
+
 // --- cases ---------------------------------------------------------------------------------------
+
+// Rows of activations. From 8 rows on some are what f16 alone cannot hold: all of 1e6, one of 1e5 among small ones, tiny, zero.
+static double *draw(struct op_test *t, size_t n, uint32_t rows)
+{
+    double *x = op_draw_heavy(t, n, 1);
+    const size_t width = n / rows;
+    for (size_t i = 0; rows >= KEEL_MATMUL_TOKENS && i < n; i++) {
+        const size_t row = i / width;
+        const double factor = row % 5 != 1 ? 1 : row % 4 == 0 ? 1e6 : row % 4 == 1 ? (i % width == width / 3 ? 1e5 : 1) : row % 4 == 2 ? 1e-12 : 0;
+        x[i] = (float)(x[i] * factor);
+    }
+    return x;
+}
 
 static void linear_case(struct op_test *t, const struct shape *s, bool add)
 {
@@ -42,7 +68,7 @@ static void linear_case(struct op_test *t, const struct shape *s, bool add)
     double *w, *mag;
     op_begin(t, "linear %s T=%d N=%d K=%d shard=%u add=%d", type_name(s->type), T, N, K, s->max_rows, add);
     op_matrix(t, &m, s->type, s->N, s->K, s->max_rows, &w, &mag);
-    const double *x = op_draw_heavy(t, n_x, 1);
+    const double *x = draw(t, n_x, s->T);
     const double *init = add ? op_draw(t, n_y, 1) : NULL;
     double *want = add ? op_copy(t, init, n_y) : op_zeros(t, n_y);
     double *size = add ? op_abs(t, init, n_y) : op_zeros(t, n_y);
@@ -51,7 +77,7 @@ static void linear_case(struct op_test *t, const struct shape *s, bool add)
     const struct keel_linear_params p = {
         .w = &m,
         .x = op_in(t, "x", x, n_x),
-        .y = op_out(t, "y", init, want, op_sum_budgets(t, size, n_y, K), n_y),
+        .y = op_out(t, "y", init, want, budgets(t, KEEL_FAMILY_MATMUL, s->T, size, n_y, K), n_y),
         .n_tokens = s->T,
         .add = add,
     };
@@ -66,7 +92,7 @@ static void linear_bwd_case(struct op_test *t, const struct shape *s, bool add)
     double *w, *mag;
     op_begin(t, "linear_bwd %s T=%d N=%d K=%d shard=%u add=%d", type_name(s->type), T, N, K, s->max_rows, add);
     op_matrix(t, &m, s->type, s->N, s->K, s->max_rows, &w, &mag);
-    const double *dy = op_draw_heavy(t, n_y, 1);
+    const double *dy = draw(t, n_y, s->T);
     const double *init = add ? op_draw(t, n_x, 1) : NULL;
     double *want = add ? op_copy(t, init, n_x) : op_zeros(t, n_x);
     double *size = add ? op_abs(t, init, n_x) : op_zeros(t, n_x);
@@ -75,7 +101,7 @@ static void linear_bwd_case(struct op_test *t, const struct shape *s, bool add)
     const struct keel_linear_bwd_params p = {
         .w = &m,
         .dy = op_in(t, "dy", dy, n_y),
-        .dx = op_out(t, "dx", init, want, op_sum_budgets(t, size, n_x, N), n_x),
+        .dx = op_out(t, "dx", init, want, budgets(t, KEEL_FAMILY_MATMUL_BWD, s->T, size, n_x, N), n_x),
         .n_tokens = s->T,
         .add = add,
     };
@@ -192,6 +218,32 @@ static void test_embed(void **state)
     op_end(t);
 }
 
+// Cooperative matrices, where the device and the build have them: sizes within and beyond a fragment and a workgroup, and the three sizes
+// of workgroups; lavapipe takes seconds to compile each. Most activations are as in test_linear_shapes, some near the ends of f32: draw().
+static void test_linear_coop(void **state)
+{
+    struct op_test *t = *state;
+    static const struct shape large[] = { { KEEL_Q8_0, 300, 1411, 96, 0 }, { KEEL_F16, 1100, 1300, 20, 0 }, { KEEL_F16, 1100, 20, 1300, 0 } };
+    for (enum keel_variant v = KEEL_VARIANT_COOP; v <= KEEL_VARIANT_COOP16; v++) {
+        if (!keel_variant_set(op_device(t), KEEL_FAMILY_MATMUL, v) || !keel_variant_set(op_device(t), KEEL_FAMILY_MATMUL_BWD, v)) {
+            print_message("no cooperative matrices here\n");
+            skip();
+        }
+        for (size_t i = 0; i < KEEL_COUNT(types); i += v == KEEL_VARIANT_COOP || op_full() ? 1 : 4) {
+            for (size_t j = 4; j < KEEL_COUNT(tokens); j += op_full() ? 1 : 1 + i % 3) {
+                all_of(t, &(struct shape){ types[i], tokens[j], outs[(i + j) % 10], ins_of(types[i])[(3 * i + j) % 10], j % 2 ? 64 : 0 });
+            }
+        }
+        for (size_t i = 0; i < KEEL_COUNT(large) && (v == KEEL_VARIANT_COOP || op_full()); i++) {
+            linear_case(t, &large[i], false);
+            linear_bwd_case(t, &large[i], true);
+        }
+    }
+    keel_variant_unset(op_device(t), KEEL_FAMILY_MATMUL);
+    keel_variant_unset(op_device(t), KEEL_FAMILY_MATMUL_BWD);
+    op_end(t);
+}
+
 // --- slopes --------------------------------------------------------------------------------------
 
 // Forward and backward of a linear map: no truncation error at any step, so the step is 1 and the tolerance is the rounding of
@@ -264,6 +316,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tiles),        cmocka_unit_test(test_embed),        cmocka_unit_test(test_linear_shapes),
         cmocka_unit_test(test_linear_shards), cmocka_unit_test(test_linear_vocab), cmocka_unit_test(test_linear_slope),
+        cmocka_unit_test(test_linear_coop),
     };
     return op_main("op_linear", tests);
 }

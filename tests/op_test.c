@@ -490,6 +490,7 @@ int op_main_n(const char *name, const struct CMUnitTest *tests, size_t n)
         print_message("%s: no Vulkan device, skipped\n", name);
         return 77;
     }
+    cmocka_set_test_filter(env_or("KEEL_TEST_ONLY", "*"));
     char profiles[256];
     snprintf(profiles, sizeof profiles, "%s", env_or("KEEL_TEST_PROFILES", "none,min,rpi"));
     int failed = 0;

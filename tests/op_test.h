@@ -6,7 +6,7 @@
 // added to; each case runs twice and must give the same bits; inputs must come back unchanged.
 //
 // Environment: KEEL_TEST_SEED (default 1), KEEL_TEST_PROFILES (default "none,min,rpi"), KEEL_TEST_DEVICE (default "0"),
-// KEEL_TEST_FULL=1 for the larger grid.
+// KEEL_TEST_FULL=1 for the larger grid, KEEL_TEST_ONLY: a test's name, with * for any letters.
 #ifndef KEEL_OP_TEST_H
 #define KEEL_OP_TEST_H
 

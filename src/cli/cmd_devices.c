@@ -40,6 +40,7 @@ static json_t *caps_json(const struct keel_caps *c)
     for (size_t i = 0; i < sizeof flag / sizeof flag[0]; i++) {
         json_object_set_new(o, flag[i].name, json_boolean(flag[i].value));
     }
+    json_object_set_new(o, "coop", c->coop.m ? json_pack("[i, i, i]", (int)c->coop.m, (int)c->coop.n, (int)c->coop.k) : json_null());
     json_object_set_new(o, "timestamp_ns", json_real(c->timestamp_ns));
     json_object_set_new(o, "gflops", json_real(c->gflops));
     json_object_set_new(o, "gbps", json_real(c->gbps));
@@ -56,9 +57,13 @@ static void print_caps(const struct keel_caps *c)
            c->unified ? "shared with the host" : "its own", bytes_text(c->max_buffer), bytes_text(c->max_range));
     printf("   workgroup   %u invocations, %u B shared memory, %u B push constants, %u storage buffers, %u groups\n",
            c->max_workgroup, c->max_shared, c->max_push, c->max_bindings, c->max_groups);
-    printf("   features    subgroup %u%s%s%s%s%s%s%s\n", c->subgroup_size, c->subgroup_arith ? ", subgroup sums" : "",
+    char coop[64] = "";
+    if (c->coop.m) {
+        snprintf(coop, sizeof coop, ", cooperative matrices %u × %u × %u", c->coop.m, c->coop.n, c->coop.k);
+    }
+    printf("   features    subgroup %u%s%s%s%s%s%s%s%s\n", c->subgroup_size, c->subgroup_arith ? ", subgroup sums" : "",
            c->storage16 ? ", 16-bit storage" : "", c->storage8 ? ", 8-bit storage" : "", c->float16 ? ", f16" : "",
-           c->int8 ? ", int8" : "", c->int_dot ? ", integer dot" : "", c->timestamps ? ", timestamps" : "");
+           c->int8 ? ", int8" : "", c->int_dot ? ", integer dot" : "", coop, c->timestamps ? ", timestamps" : "");
     if (c->gflops > 0) {
         printf("   measured    %.1f GFLOP/s fp32, %.1f GB/s copy, %.2f GB/s of 4-bit weights\n", c->gflops, c->gbps, c->matvec_gbps);
     }

@@ -54,8 +54,8 @@ static void report_print(const struct context *c, const struct doctor_args *a, c
         for (uint32_t i = 0; i < report->n_rows; i++) {
             json_array_append_new(rows, row_json(&report->row[i]));
         }
-        print_json(stdout, json_pack("{s:s, s:s, s:s, s:o, s:i, s:o}", "device", caps->name, "driver", caps->driver, "profile",
-                                     caps->profile, "rows", rows, "base_wrong", (int)report->n_base_wrong, "whole",
+        print_json(stdout, json_pack("{s:s, s:s, s:s, s:o, s:i, s:b, s:o}", "device", caps->name, "driver", caps->driver, "profile",
+                                     caps->profile, "rows", rows, "base_wrong", (int)report->n_base_wrong, "lacks_coop", report->lacks_coop, "whole",
                                      whole->n_tokens ? whole_json(whole) : json_null()));
         return;
     }
@@ -63,6 +63,9 @@ static void report_print(const struct context *c, const struct doctor_args *a, c
            "ms");
     for (uint32_t i = 0; i < report->n_rows; i++) {
         row_print(&report->row[i]);
+    }
+    if (report->lacks_coop) {
+        printf("this device has cooperative matrices, but keel was built without shaders for them: build it with glslang 14 or newer\n");
     }
     if (whole->n_tokens) {
         printf("the clerk: %u log-probabilities off by at most %.2g nats: %s; a training step took %.5f nats off the loss, foretold %.5f: %s\n",

@@ -73,6 +73,7 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
     c->float16 = c->float16 && !k->no_float16;
     c->int8 = c->int8 && !k->no_int8;
     c->int_dot = c->int_dot && !k->no_dot;
+    c->coop.m = c->subgroup_arith && c->float16 ? c->coop.m : 0;
     if (k->no_unified) {
         c->unified = false;
         snprintf(c->kind, sizeof(c->kind), "discrete");
@@ -268,6 +269,17 @@ static void read_features(struct keel_caps *c, struct feature_set *f, VkPhysical
     if (want(f, ext, VK_KHR_SHADER_INTEGER_DOT_PRODUCT_EXTENSION_NAME, v13)) {
         chain(&q, &f->dot);
     }
+    // Asked for all at once: without one the others are of no use.
+    f->coop.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_COOPERATIVE_MATRIX_FEATURES_KHR;
+    f->memory_model.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_VULKAN_MEMORY_MODEL_FEATURES;
+    f->subgroup_size.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_FEATURES;
+    if (v12 && (v13 || has_extension(ext, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME))
+        && want(f, ext, VK_KHR_COOPERATIVE_MATRIX_EXTENSION_NAME, false)) {
+        (void)want(f, ext, VK_EXT_SUBGROUP_SIZE_CONTROL_EXTENSION_NAME, true);
+        chain(&q, &f->coop);
+        chain(&q, &f->memory_model);
+        chain(&q, &f->subgroup_size);
+    }
     f->budget = want(f, ext, VK_EXT_MEMORY_BUDGET_EXTENSION_NAME, false);
     (void)want(f, ext, "VK_KHR_portability_subset", false); // must be enabled where it is listed (MoltenVK)
     vkGetPhysicalDeviceFeatures2(phys, &q);
@@ -277,6 +289,35 @@ static void read_features(struct keel_caps *c, struct feature_set *f, VkPhysical
     c->float16 = f->float16_int8.shaderFloat16;
     c->int8 = f->float16_int8.shaderInt8;
     c->int_dot = f->dot.shaderIntegerDotProduct;
+    c->coop.m = c->float16 && f->coop.cooperativeMatrix && f->memory_model.vulkanMemoryModel && f->subgroup_size.subgroupSizeControl
+        && f->subgroup_size.computeFullSubgroups; // and a shape that fits: read_coop()
+}
+
+// The largest shape of f16 products into f32 by a subgroup, of those that the tiles of shaders/linear/linear_coop.comp are made of.
+static void read_coop(struct keel_caps *c, VkPhysicalDevice phys)
+{
+    VkCooperativeMatrixPropertiesKHR shape[64];
+    uint32_t n = KEEL_COUNT(shape), most = 0;
+    // By name: older loaders of functions do not know it.
+    PFN_vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR get = (PFN_vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR)(void (*)(void))
+        vkGetInstanceProcAddr(volkGetLoadedInstance(), "vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR");
+    c->coop.m = 0;
+    for (uint32_t i = 0; i < n; ++i) {
+        shape[i] = (VkCooperativeMatrixPropertiesKHR){.sType = VK_STRUCTURE_TYPE_COOPERATIVE_MATRIX_PROPERTIES_KHR};
+    }
+    const VkResult r = get ? get(phys, &n, shape) : VK_ERROR_EXTENSION_NOT_PRESENT;
+    for (uint32_t i = 0; i < n && (r == VK_SUCCESS || r == VK_INCOMPLETE); ++i) {
+        const VkCooperativeMatrixPropertiesKHR *s = &shape[i];
+        const bool fits = s->AType == VK_COMPONENT_TYPE_FLOAT16_KHR && s->BType == s->AType && s->CType == VK_COMPONENT_TYPE_FLOAT32_KHR
+            && s->ResultType == s->CType && s->scope == VK_SCOPE_SUBGROUP_KHR && (s->MSize == 8 || s->MSize == 16)
+            && (s->NSize == 8 || s->NSize == 16) && (s->KSize == 8 || s->KSize == 16 || s->KSize == 32);
+        if (fits && s->MSize * s->NSize * s->KSize > most) {
+            most = s->MSize * s->NSize * s->KSize;
+            c->coop.m = s->MSize;
+            c->coop.n = s->NSize;
+            c->coop.k = s->KSize;
+        }
+    }
 }
 
 static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const struct extension_list *ext, uint32_t api)
@@ -288,6 +329,11 @@ static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const st
     VkPhysicalDeviceDriverProperties drv = {.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_DRIVER_PROPERTIES};
     VkPhysicalDeviceShaderIntegerDotProductProperties dot = {
         .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SHADER_INTEGER_DOT_PRODUCT_PROPERTIES};
+    VkPhysicalDeviceSubgroupSizeControlProperties sizes = {
+        .sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_SUBGROUP_SIZE_CONTROL_PROPERTIES};
+    if (c->coop.m) {
+        chain(&q, &sizes);
+    }
     chain(&q, &id);
     chain(&q, &sub);
     chain(&q, &m3);
@@ -320,6 +366,10 @@ static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const st
         c->exchange = false;
     }
     c->int_dot = c->int_dot && dot.integerDotProduct4x8BitPackedSignedAccelerated;
+    if (c->coop.m) {
+        read_coop(c, phys);
+        c->coop.m = c->subgroup_arith && (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT) ? c->coop.m : 0;
+    }
 }
 
 // Leaves on only what the caps say, so that a shader that uses more fails under validation.
@@ -330,6 +380,10 @@ static void keep_features(struct feature_set *f, const struct keel_caps *c)
     f->float16_int8 = (VkPhysicalDeviceShaderFloat16Int8Features){
         .sType = f->float16_int8.sType, .shaderFloat16 = c->float16, .shaderInt8 = c->int8};
     f->dot = (VkPhysicalDeviceShaderIntegerDotProductFeatures){.sType = f->dot.sType, .shaderIntegerDotProduct = c->int_dot};
+    f->coop = (VkPhysicalDeviceCooperativeMatrixFeaturesKHR){.sType = f->coop.sType, .cooperativeMatrix = c->coop.m > 0};
+    f->memory_model = (VkPhysicalDeviceVulkanMemoryModelFeatures){.sType = f->memory_model.sType, .vulkanMemoryModel = c->coop.m > 0};
+    f->subgroup_size = (VkPhysicalDeviceSubgroupSizeControlFeatures){
+        .sType = f->subgroup_size.sType, .subgroupSizeControl = c->coop.m > 0, .computeFullSubgroups = c->coop.m > 0};
 }
 
 void keel_caps_read(struct keel_caps *out, struct feature_set *features, VkPhysicalDevice phys, const char *profile)

@@ -280,6 +280,12 @@ static keel_status open_device(keel_device *dev, VkPhysicalDevice phys, uint32_t
     }
     if (dev->caps.int_dot) {
         *tail = &f.dot;
+        tail = &f.dot.pNext;
+    }
+    if (dev->caps.coop.m) {
+        *tail = &f.coop;
+        f.coop.pNext = &f.memory_model;
+        f.memory_model.pNext = &f.subgroup_size;
     }
     const VkDeviceQueueCreateInfo queue = {.sType = VK_STRUCTURE_TYPE_DEVICE_QUEUE_CREATE_INFO,
                                            .queueFamilyIndex = dev->family, .queueCount = 1, .pQueuePriorities = &priority};

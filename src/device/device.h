@@ -70,7 +70,7 @@ keel_status keel_stage_finish(keel_device *dev); // waits until all staged bytes
 
 // --- shaders -------------------------------------------------------------------------------------
 
-// A SPIR-V module built into the program (shaders/meson.build makes these).
+// A SPIR-V module built into the program (shaders/meson.build makes these). No code: the build's compiler could not make it.
 struct keel_shader {
     const char *name;
     const uint32_t *code;
@@ -99,6 +99,7 @@ struct keel_bind {
 struct keel_dispatch {
     const struct keel_shader *shader;
     uint32_t spec[KEEL_MAX_SPEC], n_spec;
+    uint32_t subgroup;       // lanes that each subgroup must have, all of them in use (caps.coop); 0: as the driver likes
     struct keel_bind bind[KEEL_MAX_BINDS];
     uint32_t n_bind;         // binding i of set 0; one that the shader declares as a texel buffer (only 0, or 0 and 1, and only
                              // to read) is bound as texels of four 32-bit numbers

@@ -4,6 +4,7 @@
 #define KEEL_DEVICE_INTERNAL_H
 
 #include "base.h"
+#include "coop.h"
 #include "device.h"
 
 #include <stdatomic.h>
@@ -60,7 +61,7 @@ struct shader_needs {
 struct pipeline {
     uint64_t hash;
     const struct keel_shader *shader;
-    uint32_t spec[KEEL_MAX_SPEC], n_spec, n_bind;
+    uint32_t spec[KEEL_MAX_SPEC], n_spec, n_bind, subgroup;
     uint32_t push_bytes; // least the shader reads
     VkPipeline handle;
     uint32_t texel, texel_float; // as in shader_needs
@@ -184,7 +185,10 @@ struct feature_set {
     VkPhysicalDevice8BitStorageFeatures storage8;
     VkPhysicalDeviceShaderFloat16Int8Features float16_int8;
     VkPhysicalDeviceShaderIntegerDotProductFeatures dot;
-    const char *extensions[8];
+    VkPhysicalDeviceCooperativeMatrixFeaturesKHR coop;
+    VkPhysicalDeviceVulkanMemoryModelFeatures memory_model;     // both for cooperative matrices
+    VkPhysicalDeviceSubgroupSizeControlFeatures subgroup_size;
+    const char *extensions[12];
     uint32_t n_extensions;
     bool budget;
 };

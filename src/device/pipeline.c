@@ -187,9 +187,13 @@ static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const str
         r = VK_ERROR_UNKNOWN;
     }
     if (r == VK_SUCCESS) {
+        const VkPipelineShaderStageRequiredSubgroupSizeCreateInfo lanes = {
+            .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO, .requiredSubgroupSize = d->subgroup};
         const VkComputePipelineCreateInfo info = {
             .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
-            .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .stage = VK_SHADER_STAGE_COMPUTE_BIT,
+            .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .pNext = d->subgroup ? &lanes : NULL,
+                      .flags = d->subgroup ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT : 0,
+                      .stage = VK_SHADER_STAGE_COMPUTE_BIT,
                       .module = module, .pName = "main", .pSpecializationInfo = &spec},
             .layout = dev->pipelines.layouts[layout_index(d->n_bind, needs.texel)]};
         r = dev->vk.vkCreateComputePipelines(dev->handle, dev->pipelines.cache, 1, &info, NULL, &p->handle);
@@ -214,7 +218,7 @@ out:
 
 static uint64_t hash_of(const struct keel_dispatch *d)
 {
-    uint64_t h = (uint64_t)(uintptr_t)d->shader * 0x9e3779b97f4a7c15ull + d->n_bind;
+    uint64_t h = (uint64_t)(uintptr_t)d->shader * 0x9e3779b97f4a7c15ull + d->n_bind + (uint64_t)d->subgroup * KEEL_MAX_BINDS * 2;
     for (uint32_t i = 0; i < d->n_spec; ++i) {
         h = (h ^ d->spec[i]) * 0xff51afd7ed558ccdull;
         h ^= h >> 32;
@@ -224,7 +228,7 @@ static uint64_t hash_of(const struct keel_dispatch *d)
 
 static bool matches(const struct pipeline *p, const struct keel_dispatch *d, uint64_t h)
 {
-    return p->hash == h && p->shader == d->shader && p->n_bind == d->n_bind && p->n_spec == d->n_spec
+    return p->hash == h && p->shader == d->shader && p->n_bind == d->n_bind && p->n_spec == d->n_spec && p->subgroup == d->subgroup
         && memcmp(p->spec, d->spec, 4u * d->n_spec) == 0;
 }
 
@@ -280,6 +284,7 @@ keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, s
     p->shader = d->shader;
     p->n_bind = d->n_bind;
     p->n_spec = d->n_spec;
+    p->subgroup = d->subgroup;
     memcpy(p->spec, d->spec, sizeof(p->spec));
     s->slots[at] = p;
     ++s->n;

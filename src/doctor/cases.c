@@ -67,6 +67,17 @@ static bool begin_product(struct bed *b, struct weights *out, enum keel_dtype ty
     return st == KEEL_OK;
 }
 
+// What rounding may do to n sums of `terms`; a variant that rounds its input may be off by that part of each term too.
+static double *budgets(struct bed *b, enum keel_family f, const double *size, size_t n, int terms)
+{
+    double *budget = bed_sum_budgets(b, size, n, terms);
+    const double rounding = keel_variant_rounding(keel_variant_of(b->dev, f));
+    for (size_t i = 0; i < n; i++) {
+        budget[i] += rounding * size[i];
+    }
+    return budget;
+}
+
 static void record_linear(keel_recorder *rec, const void *p)
 {
     keel_linear(rec, p);
@@ -88,8 +99,9 @@ static bool linear_case(struct bed *b, enum keel_dtype type, int T, int N, int K
     double *want = add ? bed_copy(b, init, n_y) : bed_zeros(b, n_y), *size = add ? bed_abs(b, init, n_y) : bed_zeros(b, n_y);
     ref_linear(want, x, w.w, T, N, K, add);
     ref_linear(size, bed_abs(b, x, n_x), w.mag, T, N, K, add);
+    const enum keel_family f = T < (int)KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
     const struct keel_linear_params p = { .w = &w.m, .x = bed_in(b, x, n_x), .n_tokens = (uint32_t)T, .add = add,
-                                          .y = bed_out(b, init, want, bed_sum_budgets(b, size, n_y, K), n_y) };
+                                          .y = bed_out(b, init, want, budgets(b, f, size, n_y, K), n_y) };
     return bed_run(b, record_linear, &p);
 }
 
@@ -105,7 +117,7 @@ static bool linear_bwd_case(struct bed *b, enum keel_dtype type, int T, int N, i
     ref_linear_bwd(want, dy, w.w, T, N, K, add);
     ref_linear_bwd(size, bed_abs(b, dy, n_y), w.mag, T, N, K, add);
     const struct keel_linear_bwd_params p = { .w = &w.m, .dy = bed_in(b, dy, n_y), .n_tokens = (uint32_t)T, .add = add,
-                                              .dx = bed_out(b, init, want, bed_sum_budgets(b, size, n_x, N), n_x) };
+                                              .dx = bed_out(b, init, want, budgets(b, KEEL_FAMILY_MATMUL_BWD, size, n_x, N), n_x) };
     return bed_run(b, record_linear_bwd, &p);
 }
 

@@ -142,8 +142,9 @@ static keel_status check_variants(struct doctor *d, const struct check *c)
     for (uint32_t i = 0; i < KEEL_N_VARIANTS; i++) {
         const enum keel_variant v = (enum keel_variant)i;
         struct keel_doctor_row *row = NULL;
-        if (!keel_variant_set(d->dev, f, v)) {
-            continue; // not on this device
+        const bool slow = d->p->quick && keel_variant_emulated(keel_device_caps(d->dev), v);
+        if (slow || !keel_variant_set(d->dev, f, v)) {
+            continue; // not on this device, or not worth the seconds of a first use
         }
         KEEL_TRY(check_op(d, c, v, &row));
         done_with(d, row);
@@ -170,6 +171,7 @@ keel_status keel_doctor_run(keel_device *dev, const struct keel_doctor_params *p
     size_t n = 0;
     const struct check *checks = doctor_checks(&n);
     memset(report, 0, sizeof *report);
+    report->lacks_coop = keel_variant_missing(keel_device_caps(dev));
     KEEL_TRY(bed_open(&d.bed, dev, d.p->quick ? REPEATS_QUICK : REPEATS_FULL));
     if (d.p->model) {
         shapes_of_model(&d.timing, d.p->model);

@@ -13,12 +13,14 @@ struct type_shaders {
     enum keel_dtype type;
     const char *fwd_label, *bwd_label;
     const struct keel_shader *fwd[2], *bwd[2]; // [exchange]
+    const struct keel_shader *coop_fwd, *coop_bwd;
     const struct keel_shader *embed;
 };
 
 #define TYPE(t)                                                                                                        \
     { KEEL_##t, "linear " #t, "linear_bwd " #t, { &keel_sh_linear_fwd_##t, &keel_sh_linear_fwd_x_##t },                          \
-      { &keel_sh_linear_bwd_##t, &keel_sh_linear_bwd_x_##t }, &keel_sh_embed_##t }
+      { &keel_sh_linear_bwd_##t, &keel_sh_linear_bwd_x_##t }, &keel_sh_linear_coop_fwd_##t, &keel_sh_linear_coop_bwd_##t,                \
+      &keel_sh_embed_##t }
 static const struct type_shaders *shaders_of(enum keel_dtype type)
 {
     static const struct type_shaders all[] = {
@@ -66,6 +68,56 @@ static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint
     return t;
 }
 
+// How a dispatch of a product is made: constants of its shader, and what a workgroup works on.
+struct plan {
+    const struct keel_shader *shader;
+    uint32_t spec[KEEL_MAX_SPEC], n_spec, subgroup;
+    uint32_t tokens, columns; // of the result; forward: columns are rows of W, whole tiles
+};
+
+// Workgroups on cooperative matrices, the largest first: there more subgroups share what is laid down, but fewer workgroups are there.
+static const struct coop_size {
+    uint32_t subs_t, frags_t, frags_c, columns; // subgroups along the tokens; fragments of a subgroup; columns of the result
+} coop_sizes[] = { { 2, 4, 2, 128 }, { 2, 2, 2, 64 }, { 1, 2, 2, 64 } };
+#define MANY_WORKGROUPS 132u // multiprocessors of the largest GPU
+
+static struct plan coop_plan(const struct keel_caps *c, const struct coop_size *s, bool pairs)
+{
+    const uint32_t subs_c = s->columns / (s->frags_c * c->coop.n);
+    return (struct plan){ .subgroup = c->subgroup_size, .tokens = s->subs_t * s->frags_t * c->coop.m, .columns = s->columns, .n_spec = 9,
+                          .spec = { s->subs_t * subs_c * c->subgroup_size, c->coop.m, c->coop.n, c->coop.k, s->subs_t, subs_c, s->frags_t,
+                                    s->frags_c, pairs } };
+}
+
+// Whether the device can hold the workgroup. The sizes are those of shaders/linear/linear_coop.comp.
+static bool coop_fits(const struct keel_caps *c, const struct plan *p, bool backward)
+{
+    const uint32_t subs = p->spec[0] / p->subgroup;
+    const uint32_t halves = p->tokens * 40 + (backward ? 32 * (p->columns + 8) : p->columns * 40);
+    const uint32_t bytes = halves * (p->spec[8] ? 4 : 2) + subs * c->coop.m * c->coop.n * 4 + p->tokens * 4;
+    return p->spec[0] <= c->max_workgroup && bytes <= c->max_shared;
+}
+
+// Cooperative matrices where they were chosen and the tokens are many enough. False: another variant.
+static bool plan_coop(const keel_recorder *rec, enum keel_family family, const struct keel_shader *shader, uint32_t n_tokens,
+                      uint32_t n_columns, uint32_t n_parts, struct plan *out)
+{
+    const struct keel_caps *c = keel_device_caps(keel_recorder_device(rec));
+    const enum keel_variant v = keel_variant_of(keel_recorder_device(rec), family);
+    const bool chosen = v == KEEL_VARIANT_COOP || v == KEEL_VARIANT_COOP16;
+    bool fits = false;
+    *out = (struct plan){ 0 };
+    for (uint32_t i = 0; i < KEEL_COUNT(coop_sizes) && chosen && !fits && n_tokens >= KEEL_MATMUL_TOKENS; i++) {
+        *out = coop_plan(c, &coop_sizes[i], v == KEEL_VARIANT_COOP);
+        const bool many = n_tokens > out->tokens / 2 &&
+                          keel_div_up(n_tokens, out->tokens) * keel_div_up(n_columns, out->columns) >= MANY_WORKGROUPS;
+        fits = coop_fits(c, out, family == KEEL_FAMILY_MATMUL_BWD) && (many || i + 1 == KEEL_COUNT(coop_sizes));
+    }
+    out->shader = shader;
+    out->spec[out->n_spec++] = n_parts;
+    return fits;
+}
+
 // A forward product over one shard, or over matrices that lie together.
 struct product {
     const struct keel_matrix *w; // of the first part: type and columns
@@ -75,37 +127,55 @@ struct product {
     bool glu, lora;
 };
 
+static enum keel_family forward_family(uint32_t n_tokens)
+{
+    return n_tokens < KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
+}
+
+static struct plan plan_product(const keel_recorder *rec, const struct product *p)
+{
+    const struct type_shaders *sh = shaders_of(p->w->type);
+    const uint32_t n_tokens = p->pc.n_tokens, k = p->w->cols, pair = p->glu ? 2 : 1;
+    const enum keel_family family = forward_family(n_tokens);
+    struct plan plan;
+    if (!p->glu && !p->lora && plan_coop(rec, family, sh->coop_fwd, n_tokens, p->tiles * 64, p->n_parts, &plan)) {
+        return plan;
+    }
+    const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
+    const struct tiling t = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, n_tokens, p->tiles * pair, pair,
+                                      keel_div_up(k, 32));
+    return (struct plan){ .shader = sh->fwd[exchange], .tokens = t.tokens, .columns = t.tiles / pair * 64, .n_spec = 8,
+                          .spec = { LANES * t.slices, t.tiles, t.tokens, t.slices, k % 32 != 0, p->n_parts, p->glu, p->lora } };
+}
+
 static void record_product(keel_recorder *rec, const struct product *p)
 {
     const struct type_shaders *sh = shaders_of(p->w->type);
     const uint32_t n_tokens = p->pc.n_tokens, k = p->w->cols, pair = p->glu ? 2 : 1;
-    const enum keel_family family = n_tokens < KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
-    const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
-    const struct tiling tiling = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, n_tokens, p->tiles * pair, pair,
-                                           keel_div_up(k, 32));
-    const uint32_t groups_t = keel_div_up(n_tokens, tiling.tokens), units = tiling.tiles / pair;
+    const struct plan plan = plan_product(rec, p);
+    const uint32_t groups_t = keel_div_up(n_tokens, plan.tokens), units = plan.columns / 64;
     const uint64_t token_flops = UINT64_C(128) * pair * (k + (p->lora ? p->pc.rank : 0)); // of one tile
     const uint32_t step = units_per_dispatch(rec, sh->fwd_label, p->tiles, token_flops * n_tokens, units);
     // One tile may still be too much for long batches: then the tokens are split as well.
-    const uint32_t step_t = units_per_dispatch(rec, sh->fwd_label, groups_t, token_flops * tiling.tokens * step, 1);
+    const uint32_t step_t = units_per_dispatch(rec, sh->fwd_label, groups_t, token_flops * plan.tokens * step, 1);
     struct linear_fwd_pc pc = p->pc;
     for (uint32_t tile = 0; tile < p->tiles; tile += step) {
         for (uint32_t g = 0; g < groups_t; g += step_t) {
             const uint32_t n = KEEL_MIN(step, p->tiles - tile), ng = KEEL_MIN(step_t, groups_t - g);
             pc.tile0 = tile;
             pc.tiles = n;
-            pc.t0 = g * tiling.tokens;
+            pc.t0 = g * plan.tokens;
             // Without LoRA its bindings still need a buffer: x, which is not read through them.
-            keel_record(rec, &(struct keel_dispatch){
-                .shader = sh->fwd[exchange],
-                .spec = { LANES * tiling.slices, tiling.tiles, tiling.tokens, tiling.slices, k % 32 != 0, p->n_parts, p->glu, p->lora },
-                .n_spec = 8,
+            struct keel_dispatch d = {
+                .shader = plan.shader, .n_spec = plan.n_spec, .subgroup = plan.subgroup,
                 .bind = { READ(p->weights), READ(p->x), UPDATE(p->y), READ(p->lora ? p->h : p->x), READ(p->lora ? p->b : p->x) },
                 .n_bind = 5, .push = &pc, .push_bytes = sizeof pc,
                 .groups = { keel_div_up(n, units), ng, 1 },
                 .flops = token_flops * n_tokens * n * ng / groups_t,
-                .bytes = row_bytes(p->w) * 64 * n * pair + 4ull * ng * tiling.tokens * (k + 64ull * n),
-                .label = sh->fwd_label });
+                .bytes = row_bytes(p->w) * 64 * n * pair + 4ull * ng * plan.tokens * (k + 64ull * n),
+                .label = sh->fwd_label };
+            memcpy(d.spec, plan.spec, sizeof d.spec);
+            keel_record(rec, &d);
         }
     }
 }
@@ -187,7 +257,9 @@ void keel_linear_group(keel_recorder *rec, const struct keel_linear_group_params
         any_lora = any_lora || part[i].lora;
         part[i].lora = fuse_lora ? part[i].lora : NULL;
     }
-    if (p->glu && (fuse_lora || !any_lora) && join_parts(rec, part, 2, &base, &joined)) {
+    const enum keel_variant v = keel_variant_of(keel_recorder_device(rec), forward_family(p->n_tokens));
+    const bool coop = v == KEEL_VARIANT_COOP || v == KEEL_VARIANT_COOP16; // has no joined form of gate and up
+    if (p->glu && !coop && (fuse_lora || !any_lora) && join_parts(rec, part, 2, &base, &joined)) {
         record_product(rec, &joined);
         return;
     }
@@ -214,15 +286,25 @@ void keel_linear_group(keel_recorder *rec, const struct keel_linear_group_params
     }
 }
 
+static struct plan plan_bwd(const keel_recorder *rec, const struct keel_matrix *w, uint32_t n_tokens)
+{
+    const struct type_shaders *sh = shaders_of(w->type);
+    struct plan plan;
+    if (plan_coop(rec, KEEL_FAMILY_MATMUL_BWD, sh->coop_bwd, n_tokens, w->cols, 1, &plan)) {
+        return plan;
+    }
+    const bool exchange = use_exchange(rec, KEEL_FAMILY_MATMUL_BWD) && w->rows % 4 == 0; // dy as texels
+    // 16 sums each: with more than four tokens a GPU spills registers.
+    const uint32_t tokens = exchange && n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1;
+    return (struct plan){ .shader = sh->bwd[exchange], .tokens = tokens, .columns = LANES * 16, .n_spec = 2, .spec = { LANES, tokens } };
+}
+
 void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
 {
     const struct keel_matrix *w = p->w;
     const struct type_shaders *sh = shaders_of(w->type);
-    const bool exchange = use_exchange(rec, KEEL_FAMILY_MATMUL_BWD) && w->rows % 4 == 0; // dy as texels
-    // 16 sums each: with more than four tokens a GPU spills registers.
-    const uint32_t tokens = exchange && p->n_tokens >= 8 ? 8 : p->n_tokens >= 4 ? 4 : p->n_tokens >= 2 ? 2 : 1;
-    const uint32_t groups_t = keel_div_up(p->n_tokens, tokens);
-    const uint32_t lanes_k = keel_div_up(w->cols, 32) * 2;
+    const struct plan plan = plan_bwd(rec, w, p->n_tokens);
+    const uint32_t tokens = plan.tokens, groups_t = keel_div_up(p->n_tokens, tokens);
     // At most 16384 rows in one loop: lavapipe 22.3 stops silently after 65535 iterations (portability notes 0.1).
     const uint32_t step_rows = 16384 / 64;
     bool add = p->add;
@@ -239,15 +321,16 @@ void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)
                     .k = w->cols, .kb = keel_div_up(w->cols, 32), .n = s->rows, .n_total = w->rows, .row0 = s->row0,
                     .tile0 = tile, .tiles = n, .t0 = g * tokens, .n_tokens = p->n_tokens, .add = add,
                 };
-                keel_record(rec, &(struct keel_dispatch){
-                    .shader = sh->bwd[exchange],
-                    .spec = { LANES, tokens }, .n_spec = 2,
+                struct keel_dispatch d = {
+                    .shader = plan.shader, .n_spec = plan.n_spec, .subgroup = plan.subgroup,
                     .bind = { READ(s->span), READ(p->dy), UPDATE(p->dx) }, .n_bind = 3,
                     .push = &pc, .push_bytes = sizeof pc,
-                    .groups = { keel_div_up(lanes_k, LANES), ng, 1 },
+                    .groups = { keel_div_up(keel_div_up(w->cols, 32) * 32, plan.columns), ng, 1 },
                     .flops = group_flops * n * ng,
                     .bytes = row_bytes(w) * 64 * n + 4ull * ng * tokens * (w->cols + 64ull * n),
-                    .label = sh->bwd_label });
+                    .label = sh->bwd_label };
+                memcpy(d.spec, plan.spec, sizeof d.spec);
+                keel_record(rec, &d);
             }
             add = true;
         }

@@ -2,6 +2,8 @@
 // ops/variants.c: the registry of kernel variants.
 #include "variants.h"
 
+#include "shaders.h"
+
 #include <assert.h>
 #include <string.h>
 
@@ -14,15 +16,24 @@ static bool can_exchange(const struct keel_caps *c)
     return c->exchange;
 }
 
+static bool can_coop(const struct keel_caps *c)
+{
+    return c->coop.m > 0 && !keel_variant_missing(c);
+}
+
+// A sum of two f16 holds a number within 2^-23 of itself, and the product of the lesser parts, which is left out, is below 2^-24; one
+// f16 holds it within 2^-11.
 static const struct {
     const char *name;
     uint32_t families; // bits: where it exists
-    bool exact;
+    double rounding; // keel_variant_rounding()
     bool (*can)(const struct keel_caps *c); // NULL: every device
 } variants[KEEL_N_VARIANTS] = {
-    [KEEL_VARIANT_BASE] = { "base", UINT32_MAX, true, NULL },
+    [KEEL_VARIANT_BASE] = { "base", UINT32_MAX, 0, NULL },
     [KEEL_VARIANT_EXCHANGE] = { "exchange", FAMILY(MATVEC) | FAMILY(MATMUL) | FAMILY(MATMUL_BWD) | FAMILY(LORA) | FAMILY(ATTENTION),
-                                true, can_exchange },
+                                0, can_exchange },
+    [KEEL_VARIANT_COOP] = { "coop", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.4p-22, can_coop },
+    [KEEL_VARIANT_COOP16] = { "coop16", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.1p-10, can_coop },
 };
 
 const char *keel_family_name(enum keel_family f)
@@ -57,7 +68,22 @@ bool keel_variant_supported(const struct keel_caps *caps, enum keel_family f, en
 
 bool keel_variant_exact(enum keel_variant v)
 {
-    return variants[v].exact;
+    return variants[v].rounding < 0x1p-20;
+}
+
+bool keel_variant_emulated(const struct keel_caps *caps, enum keel_variant v)
+{
+    return variants[v].can == can_coop && strcmp(caps->kind, "cpu") == 0;
+}
+
+bool keel_variant_missing(const struct keel_caps *caps)
+{
+    return caps->coop.m > 0 && keel_sh_linear_coop_fwd_Q4_0.code_words == 0;
+}
+
+double keel_variant_rounding(enum keel_variant v)
+{
+    return variants[v].rounding;
 }
 
 // Choices are kept by the device, which knows nothing of their meaning: 0 is none, else the variant plus one.

@@ -23,6 +23,8 @@ enum keel_family {
 enum keel_variant {
     KEEL_VARIANT_BASE,     // u32 and f32, no subgroup operation
     KEEL_VARIANT_EXCHANGE, // lanes hand values to each other and read texels. Linear: K (backward: N) a multiple of 4
+    KEEL_VARIANT_COOP,     // cooperative matrices of pairs of f16, as good as f32. Products of many tokens with weights, both ways
+    KEEL_VARIANT_COOP16,   // the same of single f16: a third of the products
     KEEL_N_VARIANTS
 };
 
@@ -32,8 +34,14 @@ const char *keel_variant_name(enum keel_variant v); // "exchange"; static storag
 bool keel_variant_parse(const char *name, enum keel_variant *out);
 // Whether keel has this variant of the family and the device's capabilities allow it. Base always.
 bool keel_variant_supported(const struct keel_caps *caps, enum keel_family f, enum keel_variant v);
-// Whether the variant computes in f32 throughout, so that evaluation may use it unasked (design 7; docs/numerics.md).
+// Whether the variant computes as well as f32 does, so that evaluation may use it unasked (design 7; docs/numerics.md).
 bool keel_variant_exact(enum keel_variant v);
+// Whether the device makes up in software what the variant uses, so that it cannot pay: cooperative matrices of a CPU driver.
+bool keel_variant_emulated(const struct keel_caps *caps, enum keel_variant v);
+// Whether the build's compiler was too old to make the shaders of a variant that the device could use.
+bool keel_variant_missing(const struct keel_caps *caps);
+// What it may add to the error of a product of two numbers, in parts of that product, beyond f32's rounding.
+double keel_variant_rounding(enum keel_variant v);
 
 // What an op of the family uses on this device: what was set, else exchange where caps.exchange says that it pays, else base.
 enum keel_variant keel_variant_of(const keel_device *dev, enum keel_family f);

@@ -164,10 +164,10 @@ static void test_caps(void **state)
     assert_true(c->heap > 0 && c->heap_free <= c->heap);
     if (strcmp(profile, "min") == 0) {
         assert_true(c->max_workgroup == 128 && c->max_shared == 16384 && c->max_range == 128u << 20 && c->max_push == 128);
-        assert_false(c->subgroup_size || c->subgroup_arith || c->storage16 || c->storage8 || c->float16 || c->int8 || c->int_dot);
+        assert_false(c->subgroup_size || c->subgroup_arith || c->storage16 || c->storage8 || c->float16 || c->int8 || c->int_dot || c->coop.m);
     } else if (strcmp(profile, "rpi") == 0) {
         assert_true(c->max_workgroup <= 256 && c->max_shared == 16384 && c->max_bindings <= 8 && c->offset_align == 256);
-        assert_false(c->subgroup_arith || c->float16 || c->int8);
+        assert_false(c->subgroup_arith || c->float16 || c->int8 || c->coop.m);
     } else if (strcmp(profile, "mali") == 0) {
         assert_true(c->max_shared <= 32768 && c->subgroup_size <= 16);
         assert_false(c->subgroup_arith);

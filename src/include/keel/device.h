@@ -46,6 +46,9 @@ struct keel_caps {
     bool storage16, storage8;   // 16- and 8-bit storage buffers may be used
     bool float16, int8;         // 16-bit float and 8-bit integer arithmetic may be used
     bool int_dot;               // accelerated 4×8-bit integer dot product may be used
+    struct {
+        uint32_t m, n, k;       // shape of one cooperative matrix product of a subgroup, f16 × f16 into f32; 0: none that keel uses
+    } coop;
     bool timestamps;            // the queue can time dispatches
     double timestamp_ns;        // nanoseconds a tick
     double gflops;              // measured fp32 multiply-adds, 10^9 FLOP/s; 0 until keel_device_measure()

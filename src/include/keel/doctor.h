@@ -17,7 +17,7 @@ extern "C" {
 struct keel_doctor_row {
     char op[32];       // "linear backward"
     char family[16];   // what variants are chosen for: "matmul_bwd"; "" for ops with one variant
-    char variant[16];  // "base", "exchange"
+    char variant[16];  // "base", "exchange", "coop", "coop16"
     uint32_t cases;    // run so far; the last one was wrong unless `right`
     bool right;
     bool chosen;       // in use from now on
@@ -28,6 +28,7 @@ struct keel_doctor_row {
 struct keel_doctor_report {
     struct keel_doctor_row row[64];
     uint32_t n_rows;
+    bool lacks_coop;       // the device has cooperative matrices, but this build has no shaders for them: its compiler was too old
     uint32_t n_base_wrong; // ops whose base variant is wrong: nothing this device computes can be trusted
 };
 
@@ -47,7 +48,7 @@ KEEL_API keel_status keel_doctor_run(keel_device *dev, const struct keel_doctor_
 struct keel_doctor_whole {
     uint32_t n_tokens;
     double worst;          // largest difference of a log-probability from the golden one, nats
-    bool forward_right;    // all within 1e-3
+    bool forward_right;    // all within 1e-3; 1e-2 if a variant in force is less exact than f32
     double loss_before, loss_after, fall_foretold; // of one training step, nats a token
     bool step_right;       // the loss fell by what the gradient foretold, within 2 %
 };
