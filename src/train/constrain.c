@@ -25,35 +25,29 @@ static void fill_beta(const struct keel_train_row *row, const double beta[3], fl
     }
 }
 
+static keel_status judge(struct keel_train_run *r, const struct keel_train_row *rows, struct keel_seq *seqs, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        fill_beta(&rows[i], r->p->constrain, r->constrain.beta + rows[i].place0);
+    }
+    return keel_interrupted() ? KEEL_INTERRUPTED
+                              : keel_trainer_eval(r->trainer, NULL, seqs, n, r->constrain.base_logprob + rows->place0, NULL);
+}
+
 keel_status keel_train_constrain_prepare(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
     struct keel_train_constrain *c = &r->constrain;
-    struct keel_seq *seqs = NULL;
     if (!keel_train_constrained(r->p)) {
         return KEEL_OK;
     }
     c->beta = calloc(r->set.n_loss, sizeof *c->beta);
     c->base_logprob = calloc(r->set.n_loss, sizeof *c->base_logprob);
-    seqs = calloc(r->p->batch, sizeof *seqs);
-    if (!c->beta || !c->base_logprob || !seqs) {
+    if (!c->beta || !c->base_logprob) {
         KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "no memory for the weights of %llu tokens", (unsigned long long)r->set.n_loss);
     }
-    for (uint64_t at = 0; at < r->set.n_rows; at += r->p->batch) {
-        const uint32_t n = (uint32_t)KEEL_MIN(r->p->batch, r->set.n_rows - at);
-        for (uint32_t i = 0; i < n; i++) {
-            const struct keel_train_row *row = &r->set.rows[at + i];
-            seqs[i] = keel_train_seq(row, 0);
-            fill_beta(row, r->p->constrain, c->beta + row->place0);
-        }
-        KEEL_TRY(keel_trainer_eval(r->trainer, NULL, seqs, n, c->base_logprob + r->set.rows[at].place0, NULL));
-        if (keel_interrupted()) {
-            st = KEEL_INTERRUPTED;
-            goto out;
-        }
-    }
+    KEEL_TRY(keel_train_each_batch(r, &r->set, judge));
 out:
-    free(seqs);
     return st;
 }
 

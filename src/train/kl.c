@@ -30,28 +30,14 @@ out:
     return st;
 }
 
+static keel_status predict(struct keel_train_run *r, const struct keel_train_row *rows, struct keel_seq *seqs, uint32_t n)
+{
+    return keel_interrupted() ? KEEL_INTERRUPTED : keel_trainer_top(r->trainer, seqs, n, r->kl.top + rows->place0);
+}
+
 keel_status keel_train_kl_prepare(struct keel_train_run *r)
 {
-    keel_status st = KEEL_OK;
-    struct keel_train_kl *kl = &r->kl;
-    struct keel_seq *seqs = calloc(r->p->batch, sizeof *seqs);
-    if (!seqs) {
-        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for batches of %u rows", r->p->batch);
-    }
-    for (uint64_t at = 0; at < kl->set.n_rows; at += r->p->batch) {
-        const uint32_t n = (uint32_t)KEEL_MIN(r->p->batch, kl->set.n_rows - at);
-        for (uint32_t i = 0; i < n; i++) {
-            seqs[i] = keel_train_seq(&kl->set.rows[at + i], 0);
-        }
-        KEEL_TRY(keel_trainer_top(r->trainer, seqs, n, kl->top + kl->set.rows[at].place0));
-        if (keel_interrupted()) {
-            st = KEEL_INTERRUPTED;
-            goto out;
-        }
-    }
-out:
-    free(seqs);
-    return st;
+    return keel_train_each_batch(r, &r->kl.set, predict);
 }
 
 void keel_train_kl_skip(struct keel_train_run *r, uint64_t steps)

@@ -232,46 +232,40 @@ out:
 
 // --- measuring -----------------------------------------------------------------------------------
 
-// One batch of sequences from number `at` on. `adapter` NULL: the base.
-static keel_status measure_batch(struct keel_train_run *r, const keel_adapter *adapter, struct keel_seq *seqs, uint64_t at, uint32_t n)
+static keel_status measure_base(struct keel_train_run *r, const struct keel_train_row *rows, struct keel_seq *seqs, uint32_t n)
 {
     keel_status st = KEEL_OK;
-    struct keel_train_monitor *m = &r->monitor;
-    const uint64_t place = m->set.rows[at].place0;
-    for (uint32_t i = 0; i < n; i++) {
-        seqs[i] = keel_train_seq(&m->set.rows[at + i], 0);
-        seqs[i].top = m->top + m->set.rows[at + i].place0;
-    }
-    if (!adapter) {
-        KEEL_TRY(keel_trainer_top(r->trainer, seqs, n, m->top + place));
-        KEEL_TRY(keel_trainer_eval(r->trainer, NULL, seqs, n, m->base + place, NULL));
-        goto out;
-    }
-    if (r->tower) {
-        KEEL_TRY(keel_image_trainer_forward(r->tower, adapter, seqs, n));
-    }
-    KEEL_TRY(keel_trainer_eval(r->trainer, adapter, seqs, n, m->now + place, m->kl + place));
+    KEEL_TRY(keel_trainer_top(r->trainer, seqs, n, r->monitor.top + rows->place0));
+    KEEL_TRY(keel_trainer_eval(r->trainer, NULL, seqs, n, r->monitor.base + rows->place0, NULL));
 out:
     return st;
 }
 
-static keel_status measure_all(struct keel_train_run *r, const keel_adapter *adapter)
+static keel_status measure_adapted(struct keel_train_run *r, const struct keel_train_row *rows, struct keel_seq *seqs, uint32_t n)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_train_monitor *m = &r->monitor;
+    for (uint32_t i = 0; i < n; i++) {
+        seqs[i].top = m->top + rows[i].place0;
+    }
+    if (r->tower) {
+        KEEL_TRY(keel_image_trainer_forward(r->tower, r->adapter, seqs, n));
+    }
+    KEEL_TRY(keel_trainer_eval(r->trainer, r->adapter, seqs, n, m->now + rows->place0, m->kl + rows->place0));
+out:
+    return st;
+}
+
+static keel_status measure_all(struct keel_train_run *r, keel_train_batch_fn *measure)
 {
     keel_status st = KEEL_OK;
     struct keel_train_monitor *m = &r->monitor;
-    struct keel_seq *seqs = calloc(r->p->batch, sizeof *seqs);
     m->sum_dot = m->sum_norm = m->n_tokens = 0;
-    if (!seqs) {
-        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for batches of %u rows", r->p->batch);
-    }
     KEEL_TRY(keel_trainer_set_hooks(r->trainer, m->hooks));
-    for (uint64_t at = 0; st == KEEL_OK && at < m->set.n_rows; at += r->p->batch) {
-        st = measure_batch(r, adapter, seqs, at, (uint32_t)KEEL_MIN(r->p->batch, m->set.n_rows - at));
-    }
+    st = keel_train_each_batch(r, &m->set, measure);
     const keel_status back = keel_trainer_set_hooks(r->trainer, r->p->hooks);
     st = st == KEEL_OK ? back : st;
 out:
-    free(seqs);
     return st;
 }
 
@@ -285,7 +279,7 @@ keel_status keel_train_monitor_prepare(struct keel_train_run *r)
     if (r->p->monitor_direction.v) {
         KEEL_TRY(make_capture(r));
     }
-    KEEL_TRY(measure_all(r, NULL));
+    KEEL_TRY(measure_all(r, measure_base));
     if (m->hooks && m->n_tokens > 0) {
         m->base_dot = m->sum_dot / m->n_tokens;
         m->base_norm = m->sum_norm / m->n_tokens;
@@ -313,7 +307,7 @@ keel_status keel_train_monitor_measure(struct keel_train_run *r)
     struct keel_train_monitor *m = &r->monitor;
     const uint64_t begin = keel_now_ns();
     double kl = 0, n_kl = 0, drop = 0, flips = 0, n_margins = 0, contrary = 0, incoherent = 0, n_slots = 0;
-    const keel_status st = measure_all(r, r->adapter);
+    const keel_status st = measure_all(r, measure_adapted);
     for (uint64_t i = 0; st == KEEL_OK && i < m->set.n_rows; i++) {
         const struct keel_train_row *row = &m->set.rows[i];
         if (m->kind[i] == CHOSEN) {

@@ -150,6 +150,10 @@ keel_status keel_train_create_buffers(struct keel_train_run *r);
 keel_status keel_train_start(struct keel_train_run *r);
 // A row as the trainer takes it. `weight`: of each loss token.
 struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight);
+// Calls `fn` for batch after batch of a file's rows in its order, until one fails: `rows` [n] and the same as the trainer takes them.
+// Errors: NO_MEMORY, those of `fn`.
+typedef keel_status keel_train_batch_fn(struct keel_train_run *r, const struct keel_train_row *rows, struct keel_seq *seqs, uint32_t n);
+keel_status keel_train_each_batch(struct keel_train_run *r, const struct keel_train_set *set, keel_train_batch_fn *fn);
 // Largest number of tokens and of loss tokens in a row of any file of the run.
 uint32_t keel_train_longest(const struct keel_train_run *r);
 uint32_t keel_train_most_loss(const struct keel_train_run *r);

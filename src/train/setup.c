@@ -156,6 +156,25 @@ struct keel_seq keel_train_seq(const struct keel_train_row *row, float weight)
                               .images = row->images, .n_images = row->n_images };
 }
 
+keel_status keel_train_each_batch(struct keel_train_run *r, const struct keel_train_set *set, keel_train_batch_fn *fn)
+{
+    keel_status st = KEEL_OK;
+    struct keel_seq *seqs = calloc(r->p->batch, sizeof *seqs);
+    if (!seqs) {
+        KEEL_FAIL(r->log, KEEL_ERR_NO_MEMORY, "out of memory for batches of %u rows", r->p->batch);
+    }
+    for (uint64_t at = 0; at < set->n_rows; at += r->p->batch) {
+        const uint32_t n = (uint32_t)KEEL_MIN(r->p->batch, set->n_rows - at);
+        for (uint32_t i = 0; i < n; i++) {
+            seqs[i] = keel_train_seq(&set->rows[at + i], 0);
+        }
+        KEEL_TRY(fn(r, &set->rows[at], seqs, n));
+    }
+out:
+    free(seqs);
+    return st;
+}
+
 uint32_t keel_train_longest(const struct keel_train_run *r)
 {
     return KEEL_MAX(KEEL_MAX(r->set.longest, r->monitor.set.longest), KEEL_MAX(r->kl.set.longest, r->lisa.set.longest));
