@@ -168,6 +168,35 @@ static void cost_lines(struct keel_text *costs, struct keel_text *thresholds, co
     }
 }
 
+// What the stages cost that map doses, which are not in the list.
+static void map_costs(struct keel_text *costs, const struct keel_chain *c)
+{
+    static const keel_log quiet = { .level = 0 };
+    size_t i, k;
+    json_t *stage, *run, *m = NULL;
+    json_array_foreach(json_object_get(c->manifest, "stages"), i, stage)
+    {
+        const char *name = keel_manifest_text(stage, NULL, "name");
+        json_array_foreach(json_object_get(c->manifest, "runs"), k, run)
+        {
+            char path[4300];
+            snprintf(path, sizeof path, "%.3900s/%.150s/stages/%.80s", c->dir, keel_manifest_text(run, NULL, "folder"), name);
+            if (strcmp(keel_manifest_text(stage, NULL, "kind"), "map") != 0 || keel_manifest_load(&m, path, &quiet) != KEEL_OK) {
+                continue;
+            }
+            const json_t *seconds = json_object_get(json_object_get(m, "seconds"), "map");
+            if (seconds) {
+                keel_text_addf(costs, "%s,%lld,%g,%lld,0,0,%.3f,%.0f\n", name, (long long)json_integer_value(json_object_get(run, "rank")),
+                               json_number_value(json_object_get(run, "mixture")),
+                               (long long)json_integer_value(json_object_get(run, "seed")), json_number_value(seconds),
+                               json_number_value(json_object_get(json_object_get(m, "peak_bytes"), "map")));
+            }
+            json_decref(m);
+            m = NULL;
+        }
+    }
+}
+
 keel_status keel_chain_write(const struct keel_chain *c, const char *dir, const keel_log *log)
 {
     keel_status st = KEEL_OK;
@@ -182,6 +211,7 @@ keel_status keel_chain_write(const struct keel_chain *c, const char *dir, const 
         keel_sweep_lines(&pooled, &runs, lead, &c->at[i].sweep);
         cost_lines(&costs, &thresholds, &c->at[i]);
     }
+    map_costs(&costs, c);
     KEEL_TRY(keel_estimates_save(&pooled, &runs, dir, log));
     snprintf(path, sizeof path, "%s/costs.csv", dir);
     KEEL_TRY(keel_text_save(&costs, path, log));

@@ -225,6 +225,8 @@ def test_map_of_doses(keel, tiny_c, chain, tmp_path):
         assert asked
         for s in score(keel, tiny_c, asked, tmp_path, *options):
             assert math.isclose(math.log(got[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4), (options, s)
+    costs = {r["stage"]: r for r in csv.DictReader((out / "costs.csv").read_text().splitlines())}
+    assert set(costs) == {"attack", "doses", "shares"} and all(float(r["eval_seconds"]) > 0 and float(r["peak_bytes"]) > 0 for r in costs.values())
     plot = list(csv.DictReader((out / "plots/map_doses.csv").read_text().splitlines()))
     assert [(r["coef"], r["layer"]) for r in plot] == [("-1", "0"), ("2", "0"), ("-1", "1"), ("2", "1")]
     other = [r for r in doses["layer-1_coef-2"].values() if r["domain"] != "colour"]
