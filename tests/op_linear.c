@@ -45,6 +45,24 @@ static double *budgets(struct op_test *t, enum keel_family f, uint32_t tokens, c
     return b;
 }
 
+// For the dot variant, which rounds one token's x to 8 bits with a scale for each 32 columns: what is added to its n budgets. W's magnitudes.
+static void add_dot_budget(struct op_test *t, double *budget, enum keel_dtype type, const double *x, const double *mag, int T, int N, int K)
+{
+    if (T != 1 || (type != KEEL_Q8_0 && type != KEEL_Q4_0) || keel_variant_of(op_device(t), KEEL_FAMILY_MATVEC) != KEEL_VARIANT_DOT) {
+        return;
+    }
+    double *most = op_zeros(t, (size_t)K), *size = op_zeros(t, (size_t)N);
+    for (int i = 0; i < K; i++) {
+        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) {
+            most[i] = KEEL_MAX(most[i], fabs(x[j]));
+        }
+    }
+    ref_linear(size, most, mag, T, N, K, false);
+    for (int n = 0; n < N; n++) {
+        budget[n] += keel_variant_rounding(KEEL_VARIANT_DOT) * size[n];
+    }
+}
+
 // --- cases ---------------------------------------------------------------------------------------
 
 // Rows of activations. From 8 rows on some are what f16 alone cannot hold: all of 1e6, one of 1e5 among small ones, tiny, zero.
@@ -74,10 +92,12 @@ static void linear_case(struct op_test *t, const struct shape *s, bool add)
     double *size = add ? op_abs(t, init, n_y) : op_zeros(t, n_y);
     ref_linear(want, x, w, T, N, K, add);
     ref_linear(size, op_abs(t, x, n_x), mag, T, N, K, add);
+    double *budget = budgets(t, KEEL_FAMILY_MATMUL, s->T, size, n_y, K);
+    add_dot_budget(t, budget, s->type, x, mag, T, N, K);
     const struct keel_linear_params p = {
         .w = &m,
         .x = op_in(t, "x", x, n_x),
-        .y = op_out(t, "y", init, want, budgets(t, KEEL_FAMILY_MATMUL, s->T, size, n_y, K), n_y),
+        .y = op_out(t, "y", init, want, budget, n_y),
         .n_tokens = s->T,
         .add = add,
     };
@@ -244,6 +264,29 @@ static void test_linear_coop(void **state)
     op_end(t);
 }
 
+// x in 8 bits and integer products: the two types, alone and where the shape takes the base variant.
+static void test_linear_dot(void **state)
+{
+    struct op_test *t = *state;
+    if (!keel_variant_set(op_device(t), KEEL_FAMILY_MATVEC, KEEL_VARIANT_DOT)) {
+        print_message("no integer dot products here\n");
+        skip();
+    }
+    const enum keel_dtype some[] = { KEEL_Q8_0, KEEL_Q4_0, KEEL_Q4_1 };
+    for (size_t i = 0; i < KEEL_COUNT(some); i++) {
+        for (size_t j = 0; j < KEEL_COUNT(outs); j++) {
+            const struct shape s = { some[i], j == 4 ? 3 : 1, outs[j], ins_32[(j + i) % 10], j == 5 ? 64 : 0 };
+            linear_case(t, &s, j % 2);
+        }
+    }
+    const struct shape rows[] = { { KEEL_Q4_0, 1, 70000, 32, 0 }, { KEEL_Q8_0, 1, 130, 10240, 0 }, { KEEL_Q4_0, 1, 130, 100000, 0 } };
+    for (size_t i = 0; i < KEEL_COUNT(rows); i++) {
+        linear_case(t, &rows[i], false);
+    }
+    keel_variant_unset(op_device(t), KEEL_FAMILY_MATVEC);
+    op_end(t);
+}
+
 // --- slopes --------------------------------------------------------------------------------------
 
 // Forward and backward of a linear map: no truncation error at any step, so the step is 1 and the tolerance is the rounding of
@@ -316,7 +359,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tiles),        cmocka_unit_test(test_embed),        cmocka_unit_test(test_linear_shapes),
         cmocka_unit_test(test_linear_shards), cmocka_unit_test(test_linear_vocab), cmocka_unit_test(test_linear_slope),
-        cmocka_unit_test(test_linear_coop),
+        cmocka_unit_test(test_linear_coop),   cmocka_unit_test(test_linear_dot),
     };
     return op_main("op_linear", tests);
 }

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: MIT
 // linear_fwd: y [T, N] = x [T, K] Wᵀ. Lane = row of W, so that weights are read once, in order, and x is the same address for
 // all lanes; no lane needs another unless K is cut into slices. Up to three matrices that share x (PARTS); with LORA each gets
-// scale · h Bᵀ added; with GLU the two are gate and up, and y = gelu(gate) · up.
+// scale · h Bᵀ added; with GLU the two are gate and up, and y = gelu(gate) · up. DOT: for one token and Q8_0 or Q4_0, x is rounded to 8 bits
+// with a scale for each 32 and multiplied four at a time, in integers.
 #version 450
 #extension GL_EXT_control_flow_attributes : require
 #extension GL_GOOGLE_include_directive : require
 #ifdef EXCHANGE
 #extension GL_KHR_shader_subgroup_shuffle : require
+#endif
+#ifdef DOT
+#extension GL_EXT_spirv_intrinsics : require
 #endif
 #include "linear/linear.h"
 
@@ -18,6 +22,10 @@ layout(constant_id = 4) const bool TAIL = false; // K is no multiple of 32
 layout(constant_id = 5) const uint PARTS = 1;
 layout(constant_id = 6) const bool GLU = false; // of the tiles of a lane, the even ones are gate's, the odd ones up's
 layout(constant_id = 7) const bool LORA = false;
+
+#ifdef DOT
+layout(constant_id = 8) const uint KB = 1; // pc.kb
+#endif
 
 layout(push_constant) uniform Push { linear_fwd_pc pc; };
 #ifdef EXCHANGE
@@ -36,6 +44,10 @@ shared float sums[SLICES > 1 ? (SLICES - 1) * 64 * TILES * TOKENS : 1];
 
 #define PART(p, field) \
     (PARTS == 1u || (p) == 0u ? pc.part[0].field : PARTS == 2u || (p) == 1u ? pc.part[1].field : pc.part[2].field)
+
+#ifdef DOT
+#include "linear/dot.glsl"
+#endif
 
 uint part_of(uint tile)
 {
@@ -66,6 +78,14 @@ void main()
     [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {
         acc[i] = 0.0;
     }
+#ifdef DOT
+    round_x(row[0]);
+    for (uint kb = slice; kb < KB; kb += SLICES) {
+        [[unroll]] for (uint a = 0; a < TILES; a++) {
+            acc[a] += fetch_scale(base[a], KB, kb, r, 0u).d * x_scale[kb] * float(dot32(base[a], kb, r));
+        }
+    }
+#else
     for (uint kb = slice; kb < pc.kb; kb += SLICES) {
 #ifdef EXCHANGE
         // Eight lanes hold the 32 values of a token's block, four each.
@@ -117,6 +137,7 @@ void main()
         HALF_BLOCK
 #undef P
     }
+#endif
     if (SLICES > 1) {
         if (slice > 0) {
             [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {

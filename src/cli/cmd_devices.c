@@ -32,7 +32,7 @@ static json_t *caps_json(const struct keel_caps *c)
     } flag[] = {
         { "unified", c->unified }, { "host_cached", c->host_cached }, { "subgroup_arith", c->subgroup_arith },
         { "storage16", c->storage16 }, { "storage8", c->storage8 }, { "float16", c->float16 }, { "int8", c->int8 },
-        { "int_dot", c->int_dot }, { "timestamps", c->timestamps },
+        { "int_dot", c->int_dot }, { "int_dot_fast", c->int_dot_fast }, { "timestamps", c->timestamps },
     };
     for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
         json_object_set_new(o, number[i].name, json_integer((json_int_t)number[i].value));
@@ -63,7 +63,7 @@ static void print_caps(const struct keel_caps *c)
     }
     printf("   features    subgroup %u%s%s%s%s%s%s%s%s\n", c->subgroup_size, c->subgroup_arith ? ", subgroup sums" : "",
            c->storage16 ? ", 16-bit storage" : "", c->storage8 ? ", 8-bit storage" : "", c->float16 ? ", f16" : "",
-           c->int8 ? ", int8" : "", c->int_dot ? ", integer dot" : "", coop, c->timestamps ? ", timestamps" : "");
+           c->int8 ? ", int8" : "", c->int_dot_fast ? ", integer dot" : "", coop, c->timestamps ? ", timestamps" : "");
     if (c->gflops > 0) {
         printf("   measured    %.1f GFLOP/s fp32, %.1f GB/s copy, %.2f GB/s of 4-bit weights\n", c->gflops, c->gbps, c->matvec_gbps);
     }

@@ -73,6 +73,7 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
     c->float16 = c->float16 && !k->no_float16;
     c->int8 = c->int8 && !k->no_int8;
     c->int_dot = c->int_dot && !k->no_dot;
+    c->int_dot_fast = c->int_dot_fast && c->int_dot;
     c->coop.m = c->subgroup_arith && c->float16 ? c->coop.m : 0;
     if (k->no_unified) {
         c->unified = false;
@@ -365,7 +366,7 @@ static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const st
     } else {
         c->exchange = false;
     }
-    c->int_dot = c->int_dot && dot.integerDotProduct4x8BitPackedSignedAccelerated;
+    c->int_dot_fast = c->int_dot && dot.integerDotProduct4x8BitPackedSignedAccelerated;
     if (c->coop.m) {
         read_coop(c, phys);
         c->coop.m = c->subgroup_arith && (sizes.requiredSubgroupSizeStages & VK_SHADER_STAGE_COMPUTE_BIT) ? c->coop.m : 0;

@@ -71,11 +71,29 @@ static bool begin_product(struct bed *b, struct weights *out, enum keel_dtype ty
 static double *budgets(struct bed *b, enum keel_family f, const double *size, size_t n, int terms)
 {
     double *budget = bed_sum_budgets(b, size, n, terms);
-    const double rounding = keel_variant_rounding(keel_variant_of(b->dev, f));
+    const double rounding = f == KEEL_FAMILY_MATVEC ? 0 : keel_variant_rounding(keel_variant_of(b->dev, f));
     for (size_t i = 0; i < n; i++) {
         budget[i] += rounding * size[i];
     }
     return budget;
+}
+
+// For the dot variant, which rounds one token's x to 8 bits with a scale for each 32 columns: what is added to its n budgets. W's magnitudes.
+static void add_dot_budget(struct bed *b, double *budget, enum keel_dtype type, const double *x, const double *mag, int T, int N, int K)
+{
+    if (T != 1 || (type != KEEL_Q8_0 && type != KEEL_Q4_0) || keel_variant_of(b->dev, KEEL_FAMILY_MATVEC) != KEEL_VARIANT_DOT) {
+        return;
+    }
+    double *most = bed_zeros(b, (size_t)K), *size = bed_zeros(b, (size_t)N);
+    for (int i = 0; i < K; i++) {
+        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) {
+            most[i] = KEEL_MAX(most[i], fabs(x[j]));
+        }
+    }
+    ref_linear(size, most, mag, T, N, K, false);
+    for (int n = 0; n < N; n++) {
+        budget[n] += keel_variant_rounding(KEEL_VARIANT_DOT) * size[n];
+    }
 }
 
 static void record_linear(keel_recorder *rec, const void *p)
@@ -100,8 +118,10 @@ static bool linear_case(struct bed *b, enum keel_dtype type, int T, int N, int K
     ref_linear(want, x, w.w, T, N, K, add);
     ref_linear(size, bed_abs(b, x, n_x), w.mag, T, N, K, add);
     const enum keel_family f = T < (int)KEEL_MATMUL_TOKENS ? KEEL_FAMILY_MATVEC : KEEL_FAMILY_MATMUL;
+    double *budget = budgets(b, f, size, n_y, K);
+    add_dot_budget(b, budget, type, x, w.mag, T, N, K);
     const struct keel_linear_params p = { .w = &w.m, .x = bed_in(b, x, n_x), .n_tokens = (uint32_t)T, .add = add,
-                                          .y = bed_out(b, init, want, budgets(b, f, size, n_y, K), n_y) };
+                                          .y = bed_out(b, init, want, budget, n_y) };
     return bed_run(b, record_linear, &p);
 }
 

@@ -13,19 +13,20 @@ struct type_shaders {
     enum keel_dtype type;
     const char *fwd_label, *bwd_label;
     const struct keel_shader *fwd[2], *bwd[2]; // [exchange]
-    const struct keel_shader *coop_fwd, *coop_bwd;
+    const struct keel_shader *coop_fwd, *coop_bwd, *dot; // dot: NULL if there is none
     const struct keel_shader *embed;
 };
 
-#define TYPE(t)                                                                                                        \
+#define TYPE(t) TYPE_DOT(t, NULL)
+#define TYPE_DOT(t, dot)                                                                                                       \
     { KEEL_##t, "linear " #t, "linear_bwd " #t, { &keel_sh_linear_fwd_##t, &keel_sh_linear_fwd_x_##t },                          \
-      { &keel_sh_linear_bwd_##t, &keel_sh_linear_bwd_x_##t }, &keel_sh_linear_coop_fwd_##t, &keel_sh_linear_coop_bwd_##t,                \
+      { &keel_sh_linear_bwd_##t, &keel_sh_linear_bwd_x_##t }, &keel_sh_linear_coop_fwd_##t, &keel_sh_linear_coop_bwd_##t, dot,                \
       &keel_sh_embed_##t }
 static const struct type_shaders *shaders_of(enum keel_dtype type)
 {
     static const struct type_shaders all[] = {
-        TYPE(F32),  TYPE(F16),  TYPE(BF16), TYPE(Q4_0), TYPE(Q4_1), TYPE(Q5_0),
-        TYPE(Q5_1), TYPE(Q8_0), TYPE(Q4_K), TYPE(Q5_K), TYPE(Q6_K),
+        TYPE(F32),  TYPE(F16),  TYPE(BF16), TYPE(Q4_1), TYPE(Q5_0), TYPE(Q5_1), TYPE(Q4_K), TYPE(Q5_K), TYPE(Q6_K),
+        TYPE_DOT(Q4_0, &keel_sh_linear_fwd_dot_Q4_0), TYPE_DOT(Q8_0, &keel_sh_linear_fwd_dot_Q8_0),
     };
     for (size_t i = 0; i < KEEL_COUNT(all); i++) {
         if (all[i].type == type) {
@@ -144,6 +145,12 @@ static struct plan plan_product(const keel_recorder *rec, const struct product *
     const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
     const struct tiling t = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, n_tokens, p->tiles * pair, pair,
                                       keel_div_up(k, 32));
+    const uint32_t dot_shared = 56 * keel_div_up(k, 32) + (t.slices - 1) * LANES * t.tiles * 4; // shaders/linear/dot.glsl
+    if (sh->dot && n_tokens == 1 && dot_shared <= keel_device_caps(keel_recorder_device(rec))->max_shared &&
+        keel_variant_of(keel_recorder_device(rec), family) == KEEL_VARIANT_DOT) {
+        return (struct plan){ .shader = sh->dot, .tokens = 1, .columns = t.tiles / pair * 64, .n_spec = 9,
+                              .spec = { LANES * t.slices, t.tiles, 1, t.slices, 0, p->n_parts, p->glu, p->lora, keel_div_up(k, 32) } };
+    }
     return (struct plan){ .shader = sh->fwd[exchange], .tokens = t.tokens, .columns = t.tiles / pair * 64, .n_spec = 8,
                           .spec = { LANES * t.slices, t.tiles, t.tokens, t.slices, k % 32 != 0, p->n_parts, p->glu, p->lora } };
 }

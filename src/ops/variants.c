@@ -16,13 +16,18 @@ static bool can_exchange(const struct keel_caps *c)
     return c->exchange;
 }
 
+static bool can_dot(const struct keel_caps *c)
+{
+    return c->int_dot;
+}
+
 static bool can_coop(const struct keel_caps *c)
 {
     return c->coop.m > 0 && !keel_variant_missing(c);
 }
 
 // A sum of two f16 holds a number within 2^-23 of itself, and the product of the lesser parts, which is left out, is below 2^-24; one
-// f16 holds it within 2^-11.
+// f16 holds it within 2^-11, and 8 bits within half of 1/127 of the largest.
 static const struct {
     const char *name;
     uint32_t families; // bits: where it exists
@@ -34,6 +39,7 @@ static const struct {
                                 0, can_exchange },
     [KEEL_VARIANT_COOP] = { "coop", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.4p-22, can_coop },
     [KEEL_VARIANT_COOP16] = { "coop16", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.1p-10, can_coop },
+    [KEEL_VARIANT_DOT] = { "dot", FAMILY(MATVEC), 1.01 / 254, can_dot },
 };
 
 const char *keel_family_name(enum keel_family f)
@@ -73,7 +79,7 @@ bool keel_variant_exact(enum keel_variant v)
 
 bool keel_variant_emulated(const struct keel_caps *caps, enum keel_variant v)
 {
-    return variants[v].can == can_coop && strcmp(caps->kind, "cpu") == 0;
+    return (variants[v].can == can_coop && strcmp(caps->kind, "cpu") == 0) || (variants[v].can == can_dot && !caps->int_dot_fast);
 }
 
 bool keel_variant_missing(const struct keel_caps *caps)

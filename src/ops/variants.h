@@ -25,6 +25,7 @@ enum keel_variant {
     KEEL_VARIANT_EXCHANGE, // lanes hand values to each other and read texels. Linear: K (backward: N) a multiple of 4
     KEEL_VARIANT_COOP,     // cooperative matrices of pairs of f16, as good as f32. Products of many tokens with weights, both ways
     KEEL_VARIANT_COOP16,   // the same of single f16: a third of the products
+    KEEL_VARIANT_DOT,      // x in 8 bits, integer dot products. Q8_0 and Q4_0, one token, where shared memory holds x
     KEEL_N_VARIANTS
 };
 
@@ -36,11 +37,13 @@ bool keel_variant_parse(const char *name, enum keel_variant *out);
 bool keel_variant_supported(const struct keel_caps *caps, enum keel_family f, enum keel_variant v);
 // Whether the variant computes as well as f32 does, so that evaluation may use it unasked (design 7; docs/numerics.md).
 bool keel_variant_exact(enum keel_variant v);
-// Whether the device makes up in software what the variant uses, so that it cannot pay: cooperative matrices of a CPU driver.
+// Whether the device makes up in software what the variant uses, so that it cannot pay: cooperative matrices of a CPU driver,
+// integer dot products without an instruction.
 bool keel_variant_emulated(const struct keel_caps *caps, enum keel_variant v);
 // Whether the build's compiler was too old to make the shaders of a variant that the device could use.
 bool keel_variant_missing(const struct keel_caps *caps);
-// What it may add to the error of a product of two numbers, in parts of that product, beyond f32's rounding.
+// What it may add to the error of a product of two numbers, in parts of that product, beyond f32's rounding; dot: in parts
+// of the weight times the largest number of its 32 columns.
 double keel_variant_rounding(enum keel_variant v);
 
 // What an op of the family uses on this device: what was set, else exchange where caps.exchange says that it pays, else base.
