@@ -29,7 +29,7 @@ void main()
     [[dont_unroll]] for (uint c = 0; c < pc.rank; c += 8u) {
         EIGHT(hv, TOKENS);
         [[unroll]] for (uint t = 0; t < TOKENS; t++) {
-            FILL_EIGHT(hv, t, I, h(row[t] + min(c + I, pc.rank - 1u)))
+            FILL_EIGHT(hv, t, I, h(row[t] + c + min(I, pc.rank - 1u - c)))
         }
 #define MAC(i) \
     { \
