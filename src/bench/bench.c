@@ -13,6 +13,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 struct bench {
     keel_model *model;
@@ -193,9 +194,13 @@ static keel_status time_run(struct bench *b, const struct phase *ph, struct rig 
     uint64_t dispatches[2], submits[2], barriers;
     keel_device_counts(b->dev, &dispatches[0], &submits[0], &barriers);
     const uint64_t busy = keel_device_busy_ns(b->dev), start = keel_now_ns();
+    const clock_t cpu = clock();
     const keel_status st = ph->run(r, b, &out->tokens);
-    const double seconds = (double)(keel_now_ns() - start) * 1e-9;
+    const double seconds = (double)(keel_now_ns() - start) * 1e-9, cpu_seconds = (double)(clock() - cpu) / CLOCKS_PER_SEC;
     keel_device_counts(b->dev, &dispatches[1], &submits[1], &barriers);
+    if (st == KEEL_OK && (first || cpu_seconds < out->cpu_seconds)) {
+        out->cpu_seconds = cpu_seconds;
+    }
     if (st == KEEL_OK && (first || seconds < out->seconds)) {
         out->seconds = seconds;
         out->host_seconds = KEEL_MAX(seconds - (double)(keel_device_busy_ns(b->dev) - busy) * 1e-9, 0.0);

@@ -33,15 +33,16 @@ static json_t *phase_json(const struct keel_bench_phase *p)
                                              "ms", (double)o->ns * 1e-6, "share", p->op_ns ? (double)o->ns / (double)p->op_ns : 0.0,
                                              "gbps", (double)o->bytes / ns, "gflops", (double)o->flops / ns, "roof", o->roof));
     }
-    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:I, s:I, s:f, s:o}", "phase", p->name, "tokens", (json_int_t)p->tokens, "seconds",
-                     p->seconds, "tokens_per_second", p->tokens_per_second, "host_seconds", p->host_seconds, "dispatches",
+    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:f, s:I, s:I, s:f, s:o}", "phase", p->name, "tokens", (json_int_t)p->tokens, "seconds",
+                     p->seconds, "tokens_per_second", p->tokens_per_second, "cpu_seconds", p->cpu_seconds, "host_seconds", p->host_seconds,
+                     "dispatches",
                      (json_int_t)p->dispatches, "submits", (json_int_t)p->submits, "roof", p->roof, "ops", ops);
 }
 
 static void phase_print(const struct keel_bench_phase *p)
 {
-    printf("\n%-8s %6llu tokens in %.3f s: %.2f tokens/s; host %.1f ms; %llu dispatches in %llu submissions", p->name,
-           (unsigned long long)p->tokens, p->seconds, p->tokens_per_second, p->host_seconds * 1e3, (unsigned long long)p->dispatches,
+    printf("\n%-8s %6llu tokens in %.3f s: %.2f tokens/s; processor %.3f s, host %.1f ms; %llu dispatches in %llu submissions", p->name,
+           (unsigned long long)p->tokens, p->seconds, p->tokens_per_second, p->cpu_seconds, p->host_seconds * 1e3, (unsigned long long)p->dispatches,
            (unsigned long long)p->submits);
     if (p->n_ops == 0) {
         printf("\n");
@@ -164,6 +165,7 @@ static const struct arg_option options[] = {
 const struct arg_command cmd_bench = {
     .name = "bench", .summary = "prefill, decode and training speed, and the time of every op", .usage = "-m MODEL [--json] [--compare FILE] [--trace FILE]",
     .notes = "GB/s and GFLOP/s use the bytes and operations that each op declares; roof is the least time that the measured peaks of\n"
-             "the device allow over the time taken; host is the time of a run while no submission was at work. Op times come from one more run with timestamps around every dispatch.",
+             "the device allow over the time taken; processor is the time of all threads on the CPU, host the time of a run while no submission\n"
+             "was at work. Op times come from one more run with timestamps around every dispatch.",
     .options = options, .n_options = sizeof options / sizeof options[0], .args_bytes = sizeof(struct bench_args), .run = bench_run,
 };

@@ -3,13 +3,14 @@
 
     python make_full_size.py --shape 4b --mix q4_0 --tokenizer MODEL.gguf --out 4b.gguf [--mmproj 4b-mmproj.gguf]
     python make_full_size.py --shape 27b --mix q4_k_m --tokenizer MODEL.gguf --out 27b.gguf --plan-only
+    python make_full_size.py --shape 270m --layers 6 --tokenizer MODEL.gguf --out 6.gguf
 
 Weights are random block codes with scales that give them the standard deviation of a trained model, so activations stay finite; the
 file streams out in pieces of a few MB. --plan-only leaves the data a hole in the file: enough for `keel info`, and no disk is used.
 The tokenizer's lists are copied from any Gemma 3 GGUF.
 """
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gguf
 import numpy as np
@@ -158,8 +159,8 @@ def put_tokenizer(w, source, vocab):
     w.add_add_space_prefix(False)
 
 
-def write_text(path, name, mix, tokenizer, seed, plan_only):
-    s = SHAPES[name]
+def write_text(path, name, layers, mix, tokenizer, seed, plan_only):
+    s = replace(SHAPES[name], layers=layers or SHAPES[name].layers)
     out = Writer(path, "gemma3")
     w = out.w
     w.add_name(f"gemma3 {name} shapes, random weights")
@@ -236,6 +237,7 @@ def write_vision(path, width, seed, plan_only):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, required=True)
+    p.add_argument("--layers", type=int, help="so many, not those of the shape; every sixth is global")
     p.add_argument("--mix", choices=("q4_0", "q4_k_m"), default="q4_0")
     p.add_argument("--tokenizer", required=True, help="a Gemma 3 GGUF whose tokenizer is copied")
     p.add_argument("--out", required=True)
@@ -243,7 +245,7 @@ def main():
     p.add_argument("--plan-only", action="store_true")
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args()
-    write_text(a.out, a.shape, a.mix, a.tokenizer, a.seed, a.plan_only)
+    write_text(a.out, a.shape, a.layers, a.mix, a.tokenizer, a.seed, a.plan_only)
     if a.mmproj:
         write_vision(a.mmproj, SHAPES[a.shape].width, a.seed, a.plan_only)
 

@@ -36,7 +36,9 @@ struct keel_bench_phase {
     uint64_t tokens;
     double seconds;   // best of the repeats
     double tokens_per_second;
-    double host_seconds; // of those, while no submission was at work: recording, waiting for memory, bookkeeping
+    double cpu_seconds;  // least processor time of a run, all threads of the process: on a software driver the work itself, whatever else
+                         // the machine does meanwhile
+    double host_seconds; // of those `seconds`, while no submission was at work: recording, waiting for memory, bookkeeping
     uint64_t dispatches, submits; // of one run
     double roof;      // of all ops together, as in keel_bench_op
     struct keel_bench_op op[48];
