@@ -251,6 +251,25 @@ static keel_status fill_batch(keel_session *s, struct keel_batch_row row)
     return st;
 }
 
+static void record_pass(const keel_session *s, const struct keel_pass *p, bool logits)
+{
+    keel_pass_embed(p);
+    keel_pass_blocks(p);
+    if (logits) {
+        keel_session_record_logits(s, p, 1);
+    }
+}
+
+// Compiles what a pass needs, several pipelines at once. Not with hooks: who captures counts what is recorded.
+static void compile_pass(const keel_session *s, const struct keel_pass *p)
+{
+    if (!p->hooks) {
+        keel_recorder_note(p->rec, true);
+        record_pass(s, p, true);
+        keel_recorder_note(p->rec, false);
+    }
+}
+
 // One token through the recorded step; records it first for contexts up to the next power of two.
 static keel_status append_one(keel_session *s, const struct keel_kv *kv, int32_t id)
 {
@@ -262,9 +281,8 @@ static keel_status append_one(keel_session *s, const struct keel_kv *kv, int32_t
         p.bucket = KEEL_MIN(keel_session_bucket(s->n_ids + 1), s->n_ctx);
         s->bucket = 0;
         keel_recorder_reset(s->step);
-        keel_pass_embed(&p);
-        keel_pass_blocks(&p);
-        keel_session_record_logits(s, &p, 1);
+        compile_pass(s, &p);
+        record_pass(s, &p, true);
         KEEL_TRY(keel_recorder_submit(s->step));
         s->bucket = p.bucket;
     } else {
@@ -284,11 +302,11 @@ static keel_status append_chunk(keel_session *s, const struct keel_kv *kv, struc
     struct keel_pass p = keel_session_pass(s, s->rec, true);
     p.kv = kv;
     KEEL_TRY(fill_batch(s, row));
-    keel_pass_embed(&p);
-    keel_pass_blocks(&p);
-    if (last) {
-        keel_session_record_logits(s, &p, 1);
+    if (!s->compiled) {
+        compile_pass(s, &p);
+        s->compiled = true;
     }
+    record_pass(s, &p, last);
     KEEL_TRY(keel_recorder_submit(s->rec));
     KEEL_TRY(keel_recorder_wait(s->rec));
 out:

@@ -24,6 +24,7 @@ struct keel_session {
     uint32_t n_adapters, lora_rank;
     const keel_hooks *hooks;
     keel_recorder *rec, *step; // step: one token, replayed
+    bool compiled;             // the first pass of a prompt was noted
     uint32_t bucket;           // contexts that `step` was recorded for; 0: not recorded
     int32_t *ids;              // [n_ctx] the sequence
     uint32_t n_ids, n_prompt; // n_prompt: tokens before the present response

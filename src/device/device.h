@@ -130,6 +130,9 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d);
 // Fills a span (offset and bytes multiples of 4) with a 32-bit word; copies between spans of equal size. Ordered like dispatches.
 void keel_record_fill(keel_recorder *rec, struct keel_span dst, uint32_t word);
 void keel_record_copy(keel_recorder *rec, struct keel_span dst, struct keel_span src);
+// Between true and false nothing is recorded: it is only noted which pipelines are used. At false those that are new are compiled, several
+// at once, which recording would do one after the other. An error stays with the recorder.
+void keel_recorder_note(keel_recorder *rec, bool on);
 // Most floating-point operations that one dispatch of this label (static storage) should hold on this device, so that it lasts
 // about 50 ms; ops split by it. At least 1e6. Adapts to what submissions took.
 uint64_t keel_recorder_quantum(const keel_recorder *rec, const char *label);

@@ -258,6 +258,9 @@ struct shader_needs keel_reflect(const uint32_t *code, uint32_t words);
 keel_status keel_pipelines_init(keel_device *dev);
 void keel_pipelines_finish(keel_device *dev);
 // Finds or makes the pipeline of a dispatch. Errors: ARG (the dispatch does not fit the shader), DEVICE.
+// The same without compiling it, and then all such ones, several at once.
+keel_status keel_pipeline_find(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out);
+void keel_pipelines_compile(keel_device *dev);
 keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out);
 
 // --- profile.c -----------------------------------------------------------------------------------

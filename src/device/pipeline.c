@@ -168,50 +168,56 @@ out:
     return st;
 }
 
-static keel_status make_pipeline(keel_device *dev, struct pipeline *p, const struct keel_dispatch *d)
+// Fills in what the shader says; no driver compiles anything yet.
+static keel_status describe(keel_device *dev, struct pipeline *p, const struct keel_dispatch *d)
 {
     keel_status st = KEEL_OK;
-    VkSpecializationMapEntry entries[KEEL_MAX_SPEC];
-    VkShaderModule module = VK_NULL_HANDLE;
     const struct shader_needs needs = keel_reflect(d->shader->code, d->shader->code_words);
     KEEL_TRY(check_dispatch(dev, d, &needs));
     KEEL_TRY(get_layout(dev, d->n_bind, needs.texel));
-    for (uint32_t i = 0; i < d->n_spec; ++i) {
-        entries[i] = (VkSpecializationMapEntry){.constantID = i, .offset = 4 * i, .size = 4};
-    }
-    const VkSpecializationInfo spec = {.mapEntryCount = d->n_spec, .pMapEntries = entries, .dataSize = 4u * d->n_spec, .pData = d->spec};
-    const VkShaderModuleCreateInfo code = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
-                                           .codeSize = 4u * d->shader->code_words, .pCode = d->shader->code};
-    VkResult r = dev->vk.vkCreateShaderModule(dev->handle, &code, NULL, &module);
-    if (keel_fault_shader(dev, FAULT_COMPILE, d->shader->name)) {
-        r = VK_ERROR_UNKNOWN;
-    }
-    if (r == VK_SUCCESS) {
-        const VkPipelineShaderStageRequiredSubgroupSizeCreateInfo lanes = {
-            .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO, .requiredSubgroupSize = d->subgroup};
-        const VkComputePipelineCreateInfo info = {
-            .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
-            .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .pNext = d->subgroup ? &lanes : NULL,
-                      .flags = d->subgroup ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT : 0,
-                      .stage = VK_SHADER_STAGE_COMPUTE_BIT,
-                      .module = module, .pName = "main", .pSpecializationInfo = &spec},
-            .layout = dev->pipelines.layouts[layout_index(d->n_bind, needs.texel)]};
-        r = dev->vk.vkCreateComputePipelines(dev->handle, dev->pipelines.cache, 1, &info, NULL, &p->handle);
-    }
-    if (r != VK_SUCCESS) {
-        char what[128];
-        p->handle = VK_NULL_HANDLE;
-        snprintf(what, sizeof(what), "compiling shader %.80s", d->shader->name);
-        st = keel_vk_failed(dev, r, what);
-        goto out;
-    }
+    p->shader = d->shader;
+    p->n_bind = d->n_bind;
+    p->n_spec = d->n_spec;
+    p->subgroup = d->subgroup;
+    memcpy(p->spec, d->spec, sizeof(p->spec));
     p->layout = dev->pipelines.layouts[layout_index(d->n_bind, needs.texel)];
     p->texel = needs.texel;
     p->texel_float = needs.texel_float;
     p->push_bytes = needs.push_bytes;
 out:
-    dev->vk.vkDestroyShaderModule(dev->handle, module, NULL);
     return st;
+}
+
+// From any thread, for different pipelines. Without a success there is no handle.
+static VkResult compile(keel_device *dev, struct pipeline *p)
+{
+    VkSpecializationMapEntry entries[KEEL_MAX_SPEC];
+    VkShaderModule module = VK_NULL_HANDLE;
+    for (uint32_t i = 0; i < p->n_spec; ++i) {
+        entries[i] = (VkSpecializationMapEntry){.constantID = i, .offset = 4 * i, .size = 4};
+    }
+    const VkSpecializationInfo spec = {.mapEntryCount = p->n_spec, .pMapEntries = entries, .dataSize = 4u * p->n_spec, .pData = p->spec};
+    const VkShaderModuleCreateInfo code = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
+                                           .codeSize = 4u * p->shader->code_words, .pCode = p->shader->code};
+    VkResult r = dev->vk.vkCreateShaderModule(dev->handle, &code, NULL, &module);
+    if (keel_fault_shader(dev, FAULT_COMPILE, p->shader->name)) {
+        r = VK_ERROR_UNKNOWN;
+    }
+    if (r == VK_SUCCESS) {
+        const VkPipelineShaderStageRequiredSubgroupSizeCreateInfo lanes = {
+            .sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_REQUIRED_SUBGROUP_SIZE_CREATE_INFO, .requiredSubgroupSize = p->subgroup};
+        const VkComputePipelineCreateInfo info = {
+            .sType = VK_STRUCTURE_TYPE_COMPUTE_PIPELINE_CREATE_INFO,
+            .stage = {.sType = VK_STRUCTURE_TYPE_PIPELINE_SHADER_STAGE_CREATE_INFO, .pNext = p->subgroup ? &lanes : NULL,
+                      .flags = p->subgroup ? VK_PIPELINE_SHADER_STAGE_CREATE_REQUIRE_FULL_SUBGROUPS_BIT : 0,
+                      .stage = VK_SHADER_STAGE_COMPUTE_BIT,
+                      .module = module, .pName = "main", .pSpecializationInfo = &spec},
+            .layout = p->layout};
+        r = dev->vk.vkCreateComputePipelines(dev->handle, dev->pipelines.cache, 1, &info, NULL, &p->handle);
+    }
+    p->handle = r == VK_SUCCESS ? p->handle : VK_NULL_HANDLE;
+    dev->vk.vkDestroyShaderModule(dev->handle, module, NULL);
+    return r;
 }
 
 // --- finding -------------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ static bool grow_store(struct pipeline_store *s)
     return true;
 }
 
-keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out)
+keel_status keel_pipeline_find(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out)
 {
     struct pipeline_store *s = &dev->pipelines;
     const uint64_t h = hash_of(d);
@@ -275,19 +281,51 @@ keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, s
         KEEL_ERROR(dev->log, "out of host memory for a pipeline");
         return KEEL_ERR_NO_MEMORY;
     }
-    const keel_status st = make_pipeline(dev, p, d);
+    const keel_status st = describe(dev, p, d);
     if (st != KEEL_OK) {
         free(p);
         return st;
     }
     p->hash = h;
-    p->shader = d->shader;
-    p->n_bind = d->n_bind;
-    p->n_spec = d->n_spec;
-    p->subgroup = d->subgroup;
-    memcpy(p->spec, d->spec, sizeof(p->spec));
     s->slots[at] = p;
     ++s->n;
     *out = p;
     return KEEL_OK;
+}
+
+keel_status keel_pipeline_get(keel_device *dev, const struct keel_dispatch *d, struct pipeline **out)
+{
+    const keel_status st = keel_pipeline_find(dev, d, out);
+    const VkResult r = st != KEEL_OK || (*out)->handle ? VK_SUCCESS : compile(dev, *out);
+    if (r != VK_SUCCESS) {
+        char what[128];
+        snprintf(what, sizeof(what), "compiling shader %.80s", d->shader->name);
+        return keel_vk_failed(dev, r, what);
+    }
+    return st;
+}
+
+struct batch {
+    keel_device *dev;
+    struct pipeline **p;
+};
+
+static void compile_one(void *user, uint32_t i)
+{
+    const struct batch *b = user;
+    (void)compile(b->dev, b->p[i]); // keel_pipeline_get() tries again and says why
+}
+
+void keel_pipelines_compile(keel_device *dev)
+{
+    const struct pipeline_store *s = &dev->pipelines;
+    struct batch b = {.dev = dev, .p = malloc((s->n + 1) * sizeof(*b.p))};
+    uint32_t n = 0;
+    for (uint32_t i = 0; b.p && i < s->cap; ++i) {
+        if (s->slots[i] && !s->slots[i]->handle) {
+            b.p[n++] = s->slots[i];
+        }
+    }
+    keel_parallel_for(n, compile_one, &b);
+    free(b.p);
 }

@@ -40,6 +40,7 @@ struct keel_recorder {
     keel_device *dev;
     bool replay, profile;
     bool ended; // replay: the list is complete
+    bool noting; // keel_recorder_note()
     keel_status status;
     VkCommandPool pool;
     keel_heap *marks; // of all parts
@@ -417,7 +418,10 @@ void keel_record(keel_recorder *rec, const struct keel_dispatch *d)
     }
     keel_status st = check_binds(dev, d);
     if (st == KEEL_OK) {
-        st = keel_pipeline_get(dev, d, &p);
+        st = rec->noting ? keel_pipeline_find(dev, d, &p) : keel_pipeline_get(dev, d, &p);
+    }
+    if (st == KEEL_OK && rec->noting) {
+        return;
     }
     if (st == KEEL_OK && (d->push_bytes < p->push_bytes || d->push_bytes > KEEL_MAX_PUSH || d->push_bytes % 4 != 0)) {
         KEEL_ERROR(dev->log, "%s (shader %s): %" PRIu32 " bytes of push constants given, the shader reads %" PRIu32, d->label,
@@ -460,7 +464,7 @@ void keel_record_fill(keel_recorder *rec, struct keel_span dst, uint32_t word)
 {
     const struct keel_bind bind = {.span = dst, .access = KEEL_WRITE};
     KEEL_ASSERT(dst.offset % 4 == 0 && dst.bytes % 4 == 0);
-    if (dst.bytes == 0 || !prepare(rec, "fill", 0, dst.bytes)) {
+    if (dst.bytes == 0 || rec->noting || !prepare(rec, "fill", 0, dst.bytes)) {
         return;
     }
     order(rec, &bind, 1, TRANSFER);
@@ -473,7 +477,7 @@ void keel_record_copy(keel_recorder *rec, struct keel_span dst, struct keel_span
     const struct keel_bind binds[] = {{.span = src, .access = KEEL_READ}, {.span = dst, .access = KEEL_WRITE}};
     const VkBufferCopy copy = {.srcOffset = src.offset, .dstOffset = dst.offset, .size = src.bytes};
     KEEL_ASSERT(dst.bytes == src.bytes);
-    if (src.bytes == 0 || !prepare(rec, "copy", 0, 2 * src.bytes)) {
+    if (src.bytes == 0 || rec->noting || !prepare(rec, "copy", 0, 2 * src.bytes)) {
         return;
     }
     order(rec, binds, 2, TRANSFER);
@@ -535,6 +539,14 @@ static void submit_list(keel_recorder *rec)
     for (uint32_t i = 0; i < rec->used && rec->status == KEEL_OK; ++i) {
         submit_part(rec, rec->parts[i]);
     }
+}
+
+void keel_recorder_note(keel_recorder *rec, bool on)
+{
+    if (rec->noting && !on && rec->status == KEEL_OK) {
+        keel_pipelines_compile(rec->dev);
+    }
+    rec->noting = on;
 }
 
 keel_status keel_recorder_submit(keel_recorder *rec)

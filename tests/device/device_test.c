@@ -456,6 +456,40 @@ static void test_nothing(void **state)
     assert_int_equal(submits(f->dev), before);
 }
 
+// What is noted does not run, is compiled all the same, and can be recorded afterwards.
+static void test_note(void **state)
+{
+    struct fixture *f = *state;
+    struct keel_span a = alloc(f->heap, 4), b = alloc(f->heap, 4), p = param(f, 0);
+    const uint32_t one = 1, nine = 9;
+    const struct push push = {1, 5, 2};
+    struct keel_dispatch d = step(b, a, p, &push);
+    uint32_t got = 0;
+    assert_int_equal(keel_upload(f->dev, a, &one, 4), KEEL_OK);
+    assert_int_equal(keel_upload(f->dev, b, &nine, 4), KEEL_OK);
+    const uint64_t before = submits(f->dev);
+    keel_recorder_note(f->rec, true);
+    keel_record(f->rec, &d);
+    keel_record_fill(f->rec, b, 3);
+    keel_record_copy(f->rec, b, a);
+    keel_recorder_note(f->rec, false);
+    finish(f->rec);
+    assert_int_equal(submits(f->dev), before);
+    assert_int_equal(keel_download(f->dev, &got, b, 4), KEEL_OK);
+    assert_int_equal(got, 9);
+    keel_record(f->rec, &d);
+    finish(f->rec);
+    assert_int_equal(keel_download(f->dev, &got, b, 4), KEEL_OK);
+    assert_int_equal(got, 7); // 1 · 5 + 2
+    d.spec[0] = 1u << 30;
+    quiet = true;
+    keel_recorder_note(f->rec, true);
+    keel_record(f->rec, &d);
+    keel_recorder_note(f->rec, false);
+    assert_int_equal(keel_recorder_submit(f->rec), KEEL_ERR_ARG);
+    keel_recorder_reset(f->rec);
+}
+
 // Records one bad dispatch and expects its message, a sticky error, and recovery by reset.
 static void refused(struct fixture *f, const struct keel_dispatch *d, const char *message)
 {
@@ -750,7 +784,7 @@ int main(void)
 #define CASE(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest each[] = {
         CASE(test_caps), CASE(test_memory), cmocka_unit_test(test_out_of_memory), CASE(test_transfer), CASE(test_stage),
-        CASE(test_chain), CASE(test_barriers), CASE(test_many_spans), CASE(test_replay), CASE(test_split), CASE(test_cost_model), CASE(test_nothing),
+        CASE(test_chain), CASE(test_barriers), CASE(test_many_spans), CASE(test_replay), CASE(test_split), CASE(test_cost_model), CASE(test_nothing), CASE(test_note),
         CASE(test_refusals), CASE(test_profile),
     };
     const struct CMUnitTest once[] = {
