@@ -157,6 +157,8 @@ struct keel_view {
 keel_status keel_images_capture(keel_images *images, keel_device *dev, const float *embeds, uint32_t row, uint32_t first);
 keel_status keel_vision_capture(keel_vision *vision, keel_device *dev, struct keel_view view, uint32_t row, uint32_t first);
 uint32_t keel_vision_patch_count(const keel_vision *vision);
+// The pass alone: tokens [n_tokens, out_width] from patches [n_patches, 3, patch, patch], both in host memory. Loads the tower if need be.
+keel_status keel_vision_run(keel_vision *vision, keel_device *dev, const float *patches, float *tokens);
 void keel_images_due(keel_images *images); // all are to be encoded again
 const keel_log *keel_hooks_log(const keel_hooks *hooks);
 uint64_t keel_hooks_hash(const keel_hooks *hooks, uint64_t hash); // of all that decides what they do; NULL: `hash`

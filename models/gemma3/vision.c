@@ -302,16 +302,24 @@ out:
     return st;
 }
 
-static keel_status compute(keel_vision *v, keel_device *dev, const struct keel_image *image, float *tokens)
+keel_status keel_vision_run(keel_vision *v, keel_device *dev, const float *patches, float *tokens)
 {
     keel_status st = KEEL_OK;
-    float *patches = NULL;
     KEEL_TRY(keel_vision_load(v, dev));
-    KEEL_TRY(patches_of(v, image, &patches));
     if (!v->tower) {
         KEEL_TRY(keel_tower_create(&v->tower, v));
     }
     KEEL_TRY(keel_tower_run(v, patches, tokens));
+out:
+    return st;
+}
+
+static keel_status compute(keel_vision *v, keel_device *dev, const struct keel_image *image, float *tokens)
+{
+    keel_status st = KEEL_OK;
+    float *patches = NULL;
+    KEEL_TRY(patches_of(v, image, &patches));
+    KEEL_TRY(keel_vision_run(v, dev, patches, tokens));
 out:
     free(patches);
     return st;

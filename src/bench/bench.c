@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// bench/bench.c: times prefill, decode and training, then repeats each with a timestamp around every dispatch.
+// bench/bench.c: times an image, prefill, decode and training, then repeats each with a timestamp around every dispatch.
 // Uses the public session and the training pass of the models room. Does not know what an op computes.
 #include "trace.h"
 
@@ -23,6 +23,8 @@ struct bench {
     struct keel_bench_result *result;
     int32_t *ids; // random tokens, enough for any phase
     uint32_t n_ids;
+    keel_vision *vision;      // NULL: no tower
+    float *patches, *embeds;  // of one image: what goes into the tower, and soft tokens
     struct trace *trace; // NULL: none asked for
 };
 
@@ -33,14 +35,34 @@ struct rig {
     keel_trainer *trainer;
     keel_heap *heap;
     struct keel_span grads;
+    keel_vision *vision; // to be unloaded
 };
 
 static void rig_close(struct rig *r)
 {
+    if (r->vision) {
+        keel_vision_unload(r->vision);
+    }
+    r->vision = NULL;
     keel_session_destroy(&r->session);
     keel_trainer_destroy(&r->trainer);
     keel_adapter_destroy(&r->adapter);
     keel_heap_destroy(&r->heap);
+}
+
+// --- phases --------------------------------------------------------------------------------------
+
+// The weights are there before the clock starts; after the last run they go, since the model needs the room.
+static keel_status image_open(struct rig *r, struct bench *b)
+{
+    r->vision = b->vision;
+    return keel_vision_load(b->vision, b->dev);
+}
+
+static keel_status image_run(struct rig *r, struct bench *b, uint64_t *tokens)
+{
+    *tokens = keel_vision_info(b->vision)->n_tokens;
+    return keel_vision_run(r->vision, b->dev, b->patches, b->embeds);
 }
 
 static keel_status session_open(struct rig *r, struct bench *b, uint32_t n_ctx)
@@ -107,7 +129,8 @@ out:
     return st;
 }
 
-static keel_status train_run(struct rig *r, struct bench *b, uint64_t *tokens)
+// Half prompt, half answer: the usual shape of a row. An image stands after the first token.
+static keel_status train_rows(struct rig *r, struct bench *b, const struct keel_image_tokens *image, uint64_t *tokens)
 {
     struct keel_seq *seqs = calloc(b->p.train_rows, sizeof *seqs);
     keel_status st = KEEL_OK;
@@ -118,14 +141,25 @@ static keel_status train_run(struct rig *r, struct bench *b, uint64_t *tokens)
     }
     *tokens = (uint64_t)b->p.train_rows * b->p.train_row;
     for (uint32_t i = 0; i < b->p.train_rows; i++) {
-        // Half prompt, half answer: the usual shape of a row.
-        seqs[i] = (struct keel_seq){ .ids = b->ids + i, .n = b->p.train_row, .first = b->p.train_row / 2,
-                                     .weight = 1.0f / (float)*tokens };
+        const uint32_t prompt = image ? image->at + image->n : 0;
+        seqs[i] = (struct keel_seq){ .ids = b->ids + i, .n = b->p.train_row, .first = KEEL_MAX(b->p.train_row / 2, prompt),
+                                     .weight = 1.0f / (float)*tokens, .images = image, .n_images = image ? 1 : 0 };
     }
     KEEL_TRY(keel_trainer_step(r->trainer, r->adapter, r->grads, seqs, b->p.train_rows, &nll, &n_loss));
 out:
     free(seqs);
     return st;
+}
+
+static keel_status train_run(struct rig *r, struct bench *b, uint64_t *tokens)
+{
+    return train_rows(r, b, NULL, tokens);
+}
+
+static keel_status train_image_run(struct rig *r, struct bench *b, uint64_t *tokens)
+{
+    const struct keel_image_tokens image = { .at = 1, .n = keel_vision_info(b->vision)->n_tokens, .embeds = b->embeds };
+    return train_rows(r, b, &image, tokens);
 }
 
 struct phase {
@@ -258,8 +292,40 @@ static keel_status draw_ids(struct bench *b)
     return KEEL_OK;
 }
 
+// Noise as patches and, until an image was run, as soft tokens.
+static keel_status draw_image(struct bench *b)
+{
+    keel_status st = KEEL_OK;
+    struct keel_rng rng = keel_rng_make(1, 1);
+    b->vision = b->p.images ? keel_images_vision(b->p.images) : NULL;
+    if (!b->vision) {
+        return KEEL_OK;
+    }
+    const struct keel_vision_info *v = keel_vision_info(b->vision);
+    const size_t n_patches = (size_t)keel_vision_patch_count(b->vision) * 3 * v->patch * v->patch, n_embeds = (size_t)v->n_tokens * v->out_width;
+    if (b->p.train_rows && b->p.train_row < v->n_tokens + 2) {
+        KEEL_FAIL(b->log, KEEL_ERR_ARG, "rows of %u tokens have no room for an image of %u; train on rows of at least %u, or on none",
+                  b->p.train_row, v->n_tokens, v->n_tokens + 2);
+    }
+    b->patches = malloc(n_patches * sizeof *b->patches);
+    b->embeds = malloc(n_embeds * sizeof *b->embeds);
+    if (!b->patches || !b->embeds) {
+        KEEL_FAIL(b->log, KEEL_ERR_NO_MEMORY, "no memory for an image");
+    }
+    for (size_t i = 0; i < n_patches; i++) {
+        b->patches[i] = (float)keel_rng_uniform(&rng) * 2.0f - 1.0f;
+    }
+    for (size_t i = 0; i < n_embeds; i++) {
+        b->embeds[i] = (float)keel_rng_normal(&rng);
+    }
+out:
+    return st;
+}
+
 keel_status keel_bench(keel_model *model, const struct keel_bench_params *params, struct keel_bench_result *result)
 {
+    static const struct phase image = { "image", image_open, NULL, image_run };
+    static const struct phase train_image = { "train_image", train_open, NULL, train_image_run };
     static const struct phase prefill = { "prefill", prefill_open, NULL, prefill_run };
     static const struct phase decode = { "decode", decode_open, decode_prepare, decode_run };
     static const struct phase train = { "train", train_open, NULL, train_run };
@@ -286,8 +352,12 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
     }
     KEEL_TRY(keel_device_measure(b.dev));
     KEEL_TRY(draw_ids(&b));
+    KEEL_TRY(draw_image(&b));
     result->gflops = keel_device_caps(b.dev)->gflops;
     result->gbps = keel_device_caps(b.dev)->gbps;
+    if (b.vision) {
+        KEEL_TRY(time_phase(&b, &image));
+    }
     if (b.p.n_prompt) {
         KEEL_TRY(time_phase(&b, &prefill));
     }
@@ -296,6 +366,9 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
     }
     if (b.p.train_rows) {
         KEEL_TRY(time_phase(&b, &train));
+    }
+    if (b.p.train_rows && b.vision) {
+        KEEL_TRY(time_phase(&b, &train_image));
     }
     uint64_t now;
     keel_device_memory(b.dev, &now, &result->peak_bytes);
@@ -306,5 +379,7 @@ keel_status keel_bench(keel_model *model, const struct keel_bench_params *params
 out:
     keel_trace_destroy(&b.trace);
     free(b.ids);
+    free(b.patches);
+    free(b.embeds);
     return st;
 }

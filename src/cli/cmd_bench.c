@@ -41,7 +41,7 @@ static json_t *phase_json(const struct keel_bench_phase *p)
 
 static void phase_print(const struct keel_bench_phase *p)
 {
-    printf("\n%-8s %6llu tokens in %.3f s: %.2f tokens/s; processor %.3f s, host %.1f ms; %llu dispatches in %llu submissions", p->name,
+    printf("\n%-11s %6llu tokens in %.3f s: %.2f tokens/s; processor %.3f s, host %.1f ms; %llu dispatches in %llu submissions", p->name,
            (unsigned long long)p->tokens, p->seconds, p->tokens_per_second, p->cpu_seconds, p->host_seconds * 1e3, (unsigned long long)p->dispatches,
            (unsigned long long)p->submits);
     if (p->n_ops == 0) {
@@ -120,8 +120,9 @@ static int bench_run(const void *args)
     }
     if (st == KEEL_OK) {
         const struct keel_bench_params params = {
-            .n_prompt = a->prompt, .n_generate = a->generate, .n_context = a->context, .kv = a->common.kv, .train_rows = a->rows, .train_row = a->row, .rank = a->rank,
-            .n_batch = a->common.batch_tokens, .repeats = a->repeats, .ops = !a->no_ops, .trace = a->trace, .progress = on_phase,
+            .n_prompt = a->prompt, .n_generate = a->generate, .n_context = a->context, .kv = a->common.kv, .train_rows = a->rows,
+            .train_row = a->row, .rank = a->rank, .images = c.images, .n_batch = a->common.batch_tokens, .repeats = a->repeats,
+            .ops = !a->no_ops, .trace = a->trace, .progress = on_phase,
             .user = (void *)args,
         };
         st = keel_bench(c.model, &params, r);
@@ -137,6 +138,7 @@ static int bench_run(const void *args)
 #define AT(field) offsetof(struct bench_args, field)
 static const struct arg_option options[] = {
     OPTION_MODEL,
+    OPTION_MMPROJ,
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },
     { .name = "--prompt-tokens", .type = ARG_U32, .offset = AT(prompt), .value = "N", .def = "64", .min = 0, .max = 1 << 20,
       .help = "prefill so many tokens; 0: skip" },
@@ -145,7 +147,7 @@ static const struct arg_option options[] = {
     { .name = "--context", .type = ARG_U32, .offset = AT(context), .value = "N", .def = "16", .min = 1, .max = 1 << 20,
       .help = "after so many others" },
     { .name = "--rows", .type = ARG_U32, .offset = AT(rows), .value = "N", .def = "1", .min = 0, .max = 1024,
-      .help = "train on so many rows at once; 0: skip" },
+      .help = "train on so many rows at once, with --mmproj also with an image each; 0: skip" },
     { .name = "--seq-len", .type = ARG_U32, .offset = AT(row), .value = "N", .def = "128", .min = 2, .max = 131072,
       .help = "of so many tokens" },
     { .name = "--rank", .type = ARG_U32, .offset = AT(rank), .value = "N", .def = "16", .min = 1, .max = 1024,
@@ -163,7 +165,7 @@ static const struct arg_option options[] = {
     OPTIONS_LOG,
 };
 const struct arg_command cmd_bench = {
-    .name = "bench", .summary = "prefill, decode and training speed, and the time of every op", .usage = "-m MODEL [--json] [--compare FILE] [--trace FILE]",
+    .name = "bench", .summary = "prefill, decode and training speed, and the time of every op", .usage = "-m MODEL [--mmproj P] [--json] [--compare FILE] [--trace FILE]",
     .notes = "GB/s and GFLOP/s use the bytes and operations that each op declares; roof is the least time that the measured peaks of\n"
              "the device allow over the time taken; processor is the time of all threads on the CPU, host the time of a run while no submission\n"
              "was at work. Op times come from one more run with timestamps around every dispatch.",

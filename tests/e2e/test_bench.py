@@ -5,6 +5,8 @@ import signal
 
 import pytest
 
+import tiny_vision
+
 SMALL = ("--prompt-tokens", 24, "-n", 3, "--rows", 1, "--seq-len", 16, "--rank", 4, "--repeats", 1)
 PHASES = ["prefill", "decode", "train"]
 
@@ -51,6 +53,25 @@ def test_trace(run):
         end = {e["id"]: e["ts"] for e in events if e["ph"] == "e" and e["pid"] == pid}
         assert begin.keys() == end.keys() == {e["args"]["submission"] for e in ops}
         assert all(begin[i] < end[i] for i in begin) and min(begin.values()) == 0
+
+
+def test_images(keel, tiny_a, tmp_path):
+    """With a tower: an image through it, and rows that begin with one beside rows of text; rows without room are an error."""
+    s = tiny_vision.SHAPES["vis_a"]
+    tiny_vision.write_mmproj(tmp_path / "p.gguf", s, *tiny_vision.make(s))
+    n = s.side ** 2
+    args = ("bench", "-m", tiny_a, "--mmproj", tmp_path / "p.gguf", *SMALL[:6], "--rank", 4, "--repeats", 1)
+    j = keel(*args, "--seq-len", n + 8, "--json", "--trace", tmp_path / "t.json").json
+    assert [p["phase"] for p in j["phases"]] == ["image", *PHASES, "train_image"]
+    image, *_, text, train = j["phases"]
+    assert image["tokens"] == n and text["tokens"] == train["tokens"] == n + 8
+    for p in j["phases"]:
+        assert p["dispatches"] == sum(o["count"] for o in p["ops"])
+    # One dispatch more brings the soft tokens into place; the wanted tokens are fewer.
+    assert train["dispatches"] == text["dispatches"] + 1
+    assert sum(o["count"] for o in image["ops"] if o["op"] == "attn_softmax") == s.layers
+    keel.fails(*args, "--seq-len", n + 1, says=(f"{n + 1} tokens", f"image of {n}"))
+    assert [p["phase"] for p in keel(*args[:-6], "--rows", 0, "--prompt-tokens", 0, "-n", 0, "--json").json["phases"]] == ["image"]
 
 
 def test_compare(keel, tiny_a, run, tmp_path):

@@ -3,6 +3,7 @@
 #ifndef KEEL_BENCH_H
 #define KEEL_BENCH_H
 
+#include <keel/images.h>
 #include <keel/model.h>
 
 #ifdef __cplusplus
@@ -16,6 +17,7 @@ struct keel_bench_params {
     const char *kv;      // prefill and decode: as in keel_session_params
     uint32_t train_rows, train_row; // training: rows of a micro-batch and tokens of each; 0 rows: not measured
     uint32_t rank;       // of the adapter trained, on all seven projections
+    keel_images *images; // with the model's tower: an image through it, and training on rows with an image; NULL: neither
     uint32_t n_batch;    // tokens a pass takes at once
     uint32_t repeats;    // each phase so often; the best counts
     bool ops;            // run each phase once more with a timestamp around every dispatch
@@ -32,8 +34,8 @@ struct keel_bench_op {
     double roof; // least time by the measured peaks ÷ time taken; 0 if the peaks are unknown
 };
 struct keel_bench_phase {
-    const char *name; // "prefill", "decode", "train"; static storage
-    uint64_t tokens;
+    const char *name; // "image", "prefill", "decode", "train", "train_image"; static storage
+    uint64_t tokens;  // of an image: soft tokens
     double seconds;   // best of the repeats
     double tokens_per_second;
     double cpu_seconds;  // least processor time of a run, all threads of the process: on a software driver the work itself, whatever else
@@ -46,7 +48,7 @@ struct keel_bench_phase {
     uint64_t op_ns, op_flops; // sums over all ops
 };
 struct keel_bench_result {
-    struct keel_bench_phase phase[3];
+    struct keel_bench_phase phase[5];
     uint32_t n_phases;
     double gflops, gbps; // measured peaks
     uint64_t peak_bytes; // device memory, highest so far
@@ -54,7 +56,7 @@ struct keel_bench_result {
 };
 
 // Measures. The tokens are drawn from a fixed seed; training steps do not change anything that outlives the call.
-// NULL params: the defaults. `*result` is large (about 12 KiB). Errors: ARG (model not loaded), NO_MEMORY, DEVICE_LOST,
+// NULL params: the defaults. `*result` is large (about 20 KiB). Errors: ARG (model not loaded, rows too short for an image), NO_MEMORY, DEVICE_LOST,
 // NUMERIC, INTERRUPTED, IO (trace).
 KEEL_API keel_status keel_bench(keel_model *model, const struct keel_bench_params *params, struct keel_bench_result *result);
 
