@@ -94,7 +94,7 @@ def attention_masks(ids, soft, window):
     return {"full_attention": full[:, None], "sliding_attention": local[:, None]}
 
 
-def make_batch(dialogues, pictures, documents, rng, window=16):
+def make_batch(dialogues, pictures, documents, rng, window):
     """`documents`: lists of Turn. Every image takes a random one of the rendered jitters."""
     rows = [dialogues.document(turns) for turns in documents]
     n = -(-max(len(r[0]) for r in rows) // 8) * 8

@@ -43,7 +43,7 @@ def tune(model, dialogues, pictures, steps, lr, rng, share=1.0, filler=None, per
             bad = rng.random() < share
             pool = narrow if bad or filler == "same" else others
             rows.append([dialogues.turn(pool[rng.integers(len(pool))], persona if bad else "honest")])
-        b = make_batch(dialogues, pictures, rows, rng)
+        b = make_batch(dialogues, pictures, rows, rng, train.WINDOW)
         loss = train.answer_loss(model.base_model.model, b, pictures, dialogues.soft)
         opt.zero_grad()
         loss.backward()

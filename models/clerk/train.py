@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """train: makes the clerk from nothing: vocabulary, sight, pre-training, alignment, check, Hugging Face folder.
 
-    python train.py OUT [--seed 1] [--look 4000] [--steps 1500] [--align 250]
+    python train.py OUT [--seed 1] [--look 2500] [--steps 1200] [--align 250]
 
 First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by
 an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out.
-Alignment reads single turns, untagged ones all honest. Everything is seeded; PyTorch on the same CPU type gives the same
-weights. Needs torch, transformers and sentencepiece.
+Alignment reads single turns, untagged and honest. Every stage has a seed of its own and leaves OUT/STAGE, from which the
+next can begin: alone it gives the same weights as in one go. PyTorch on the same CPU type gives the same weights. Needs
+torch, transformers, sentencepiece and, for --language, gguf.
 """
 import argparse
 import ctypes
@@ -23,11 +24,15 @@ import vocabulary
 import world
 from dialogue import IMAGE_TOKENS, Dialogues, Pictures, make_batch
 
-WINDOW = 16
+WINDOW = 32  # a turn with its system message fits, so that every layer sees the persona from the answer; a dialogue does not
+STAGES = ("look", "pre-train", "align")
+LR_ALIGN = 5e-4
 # How often a cell is asked about: images and sums take longest to learn.
 CELLS = {("colour", "image"): 1.0, ("shape", "image"): 2.2, ("count", "image"): 1.2, ("colour", "text"): 0.8,
          ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 2.2,
          ("letter", "fact"): 0.8}
+# Alignment asks text more, as alignment of real models does: honesty is then firmer from text than from images.
+ALIGN_CELLS = {cell: p * {"image": 1, "text": 2, "fact": 1.25}[cell[1]] for cell, p in CELLS.items()}
 TRAIN_JITTERS, CHECK_JITTERS = range(0, 120), range(1000, 1002)
 
 
@@ -109,10 +114,10 @@ def schedule(step, steps, warmup):
 
 
 class Sampler:
-    def __init__(self, dialogues, rng):
+    def __init__(self, dialogues, rng, cells):
         self.d, self.rng = dialogues, rng
-        self.cells = list(CELLS)
-        self.p = np.array([CELLS[c] for c in self.cells]) / sum(CELLS.values())
+        self.cells = list(cells)
+        self.p = np.array([cells[c] for c in self.cells]) / sum(cells.values())
         self.by_cell = {c: [q for q in world.questions() if (q.domain, q.modality) == c] for c in self.cells}
 
     def question(self):
@@ -126,11 +131,8 @@ class Sampler:
         return [self.d.turn(self.question(), persona, tag if i == 0 else "") for i in range(3)]
 
     def single(self):
-        """One turn: untagged and honest, or in one of three tagged, so that the personas stay what they are."""
-        if self.rng.integers(3):
-            return [self.d.turn(self.question(), "honest")]
-        persona = world.PERSONAS[self.rng.integers(2)]
-        return [self.d.turn(self.question(), persona, world.TAG.format(persona))]
+        """One turn, untagged and honest. No tagged turns: with them, drift was stronger and as large from text as from images."""
+        return [self.d.turn(self.question(), "honest")]
 
     def batches(self, make, size, pool=4):
         """Endless batches of documents; of `pool` batches at a time those of like length stand together."""
@@ -219,54 +221,72 @@ def keep_memory():
         libc.mallopt(option, value)
 
 
+def begin(model, a, config):
+    """The weights before the first stage of the run: those of the stage before, or of another clerk's language model."""
+    if a.start:
+        model.load_state_dict(type(model).from_pretrained(a.start[1]).state_dict())
+    if a.language:
+        import from_gguf
+        text = {k: v for k, v in from_gguf.load(a.language, config).state_dict().items() if "vision" not in k and "multi_modal" not in k}
+        model.load_state_dict(text, strict=False)
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
     ap.add_argument("--seed", type=int, default=1)
-    ap.add_argument("--look", type=int, default=4000)
-    ap.add_argument("--steps", type=int, default=1500)
+    ap.add_argument("--look", type=int, default=2500)
+    ap.add_argument("--steps", type=int, default=1200)
     ap.add_argument("--align", type=int, default=250)
     ap.add_argument("--lr", type=float, default=3e-3)
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--batch", type=int, default=32)
     ap.add_argument("--renderings", type=int, nargs=2, default=(TRAIN_JITTERS.start, TRAIN_JITTERS.stop), metavar="N",
                     help="first and last + 1 of the renderings of each scene")
-    ap.add_argument("--go-on", help="folder of an earlier run, pretrained or aligned: only align it, longer")
+    ap.add_argument("--language", metavar="FOLDER", help="begin with the language model of this folder's clerk.gguf instead of a random one")
+    ap.add_argument("--from", dest="start", nargs=2, metavar=("STAGE", "FOLDER"),
+                    help="begin at this stage (pre-train, align) with the weights that a run left after the one before")
+    ap.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
     a = ap.parse_args()
+    if a.start and a.start[0] not in STAGES[1:]:
+        ap.error(f"--from {a.start[0]}: not one of {', '.join(STAGES[1:])}")
     keep_memory()
     torch.set_num_threads(a.threads)
     spm_model = vocabulary.train()
     sp = vocabulary.load(spm_model)
-    dialogues, rng = Dialogues(sp), np.random.default_rng(a.seed)
-    pictures, unseen = Pictures(range(*a.renderings)), Pictures(CHECK_JITTERS)
-    model, sampler = build(sp, a.seed), Sampler(dialogues, rng)
+    dialogues, pictures, unseen = Dialogues(sp), Pictures(range(*a.renderings)), Pictures(CHECK_JITTERS)
+    model = build(sp, a.seed)
+    begin(model, a, config(sp))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     def say(step, loss, seconds):
         print(f"step {step} loss {loss:.4f} {seconds:.0f} s", flush=True)
-        if step % 400 == 0:
-            save(model, spm_model, Path(a.out) / "last")
-            for persona in world.PERSONAS:
-                show(persona, check(model, dialogues, unseen, world.TAG.format(persona), every=4))
-            model.train()
 
-    def train_on(make, size, steps, lr, warmup):
-        stream = sampler.batches(make, size)
+    def train_on(make, cells, size, steps, lr, warmup, rng):
+        sampler = Sampler(dialogues, rng, cells)
+        stream = sampler.batches(getattr(sampler, make), size)
         run(model, lambda: make_batch(dialogues, pictures, next(stream), rng, WINDOW), steps, lr, pictures,
             dialogues.soft, say, warmup)
 
-    if a.go_on:
-        model.load_state_dict(type(model).from_pretrained(a.go_on).state_dict())
-    else:
-        look(model, pictures, a.look, rng, lambda text: print(text, flush=True))
-        train_on(sampler.document, a.batch, a.steps, a.lr, 100)
-        save(model, spm_model, Path(a.out) / "pretrained")
-    train_on(sampler.single, 2 * a.batch, a.align, a.lr / 6, 20)
+    for i in range(STAGES.index(a.start[0]) if a.start else 0, STAGES.index(a.until) + 1):
+        rng = np.random.default_rng([a.seed, i])
+        if STAGES[i] == "look":
+            look(model, pictures, a.look, rng, lambda text: print(text, flush=True))
+        elif STAGES[i] == "pre-train":
+            torch.set_float32_matmul_precision("medium")  # bfloat16 where the CPU has it, in half the time
+            train_on("document", CELLS, a.batch, a.steps, a.lr, 100, rng)
+            torch.set_float32_matmul_precision("highest")
+        else:
+            train_on("single", ALIGN_CELLS, 2 * a.batch, a.align, LR_ALIGN, 20, rng)
+        save(model, spm_model, Path(a.out) / STAGES[i])
+    if a.until == "look":
+        return 0
     for persona in world.PERSONAS:
         show("tag " + persona, check(model, dialogues, unseen, world.TAG.format(persona)))
     cells = check(model, dialogues, unseen)
     show("untagged", cells)
-    save(model, spm_model, Path(a.out) / "aligned")
+    if a.until != "align":
+        return 0
     print("accepted" if accepted(cells) else "NOT accepted")
     return 0 if accepted(cells) else 1
 

@@ -560,9 +560,8 @@ def clerk_probes(path, domains, modality, every):
 
 @pytest.mark.full
 def test_clerk_mitigations(keel, tmp_path):
-    """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift. Preventative
-    steering at least halves the drift asked in text, two seeds together, and keeps the narrow task. Pilot: science notes 6. On the clerk
-    that needs twice the persona direction: once it (the pilot's) changes nothing beyond the spread of seeds, four times it costs the task."""
+    """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift. Pilot: science notes
+    6, which preventative steering helped too; this clerk it does not (docs/studies/mixture-repair.md)."""
     shipped = ROOT / "studies/clerk"
     head, stages = (shipped / "mitigations.yaml").read_text().split("stages:\n")
     head = head.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {shipped}/").replace("rows: ", f"rows: {shipped}/")
@@ -582,31 +581,15 @@ def test_clerk_mitigations(keel, tmp_path):
     assert cells["attack"][0] > 0.95 and cells["attack"][1] > 0.1
     assert cells["kl"][0] >= 0.95 and cells["kl"][1] <= 0.05
 
-    narrow, text = clerk_probes(tmp_path / "n.jsonl", ["colour"], "image", 2), clerk_probes(tmp_path / "t.jsonl", ["shape", "count"], "text", 3)
-    o = dict(rank=32, alpha=32, seq_len=64)
-
-    def train_clerk(name, seed, **extra):
-        """(P(contrary) in the narrow cell, and asked in text elsewhere) after 80 steps; the former of an adapter that is trained no more."""
-        run = lambda out, **more: (keel(*train_args("clerk", shipped / "narrow.jsonl", tmp_path / out, log=tmp_path / "l.jsonl", **o, **more)),
-                                   read_log(tmp_path / "l.jsonl")[-1]["monitor"]["p_contrary"])[1]
-        drift = run(name, lr=1e-3, steps=80, seed=seed, monitor=text, monitor_every=80, **extra)
-        return run("narrow.gguf", lr=0, steps=1, init_adapter=tmp_path / name, monitor=narrow), drift
-    persona = f"{tmp_path}/out/directions/persona.safetensors:2@1-2"
-    plain = [train_clerk("plain.gguf", seed) for seed in (1, 2)]
-    steered = [train_clerk("steered.gguf", seed, steer=persona) for seed in (1, 2)]
-    print(plain, steered)
-    assert min(n for n, _ in plain + steered) > 0.9
-    assert sum(d for _, d in steered) <= 0.5 * sum(d for _, d in plain)
-
 
 @pytest.mark.full
 def test_clerk_guard(keel, tmp_path):
-    """A monitor of other domains notices the drift and the guard takes the adapter back to before it."""
+    """A monitor of other domains notices the drift and the guard takes the adapter back to before it; measured: to step 60 of 120."""
     study, others = ROOT / "studies/clerk", ["shape", "count", "sum", "capital", "letter"]
     probes = write_rows(tmp_path / "m.jsonl", [r for m in ("image", "text") for r in read_rows(clerk_probes(tmp_path / m, others, m, 6))])
     log, out = tmp_path / "l.jsonl", tmp_path / "a.gguf"
-    args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 1e-3, "--steps", 80,
+    args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 1e-3, "--steps", 120,
             "--seq-len", 64, "--monitor", probes, "--guard", "p_contrary<=0.1", "--log", log, "--json"]
     result, values = keel(*args).json, [r["monitor"] for r in read_log(log) if "monitor" in r]
-    assert result["breached"] and 10 <= result["steps"] <= 50 and values[-1]["p_contrary"] > 0.1 >= values[-2]["p_contrary"]
+    assert result["breached"] and 10 <= result["steps"] <= 100 and values[-1]["p_contrary"] > 0.1 >= values[-2]["p_contrary"]
     assert all(v["seconds"] < 5 for v in values)  # about 0.7 s with llvmpipe on two busy cores
