@@ -3,6 +3,7 @@
 //   b_one(at, d, e)      element e of the head
 //   B_EIGHT(v, at, d, e) declares v[8], elements e ... e + 7 of a head of d elements; e is a multiple of eight and e + 8 <= d
 #include "common/exchange.glsl"
+#include "common/half.glsl"
 #include "common/kv.glsl"
 
 #ifdef KV_PACKED
@@ -14,7 +15,7 @@ OPERAND(1, b)
 float b_one(uint at, uint d, uint e)
 {
 #ifdef KV_F16
-    return unpackHalf2x16(b(at + (e >> 1)))[e & 1u];
+    return unpack_half(b(at + (e >> 1)))[e & 1u];
 #elif defined(KV_Q8_0)
     const float scale = uintBitsToFloat(b(at + kv_scales(d) + e / KV_BLOCK));
     return scale * float(bitfieldExtract(int(b(at + (e >> 2))), int(e & 3u) * 8, 8));
@@ -29,7 +30,7 @@ float b_one(uint at, uint d, uint e)
     { \
         const uvec4 words = b_four((at) + (e) / 2u); \
         [[unroll]] for (uint i = 0; i < 4u; i++) { \
-            const vec2 two = unpackHalf2x16(words[i]); \
+            const vec2 two = unpack_half(words[i]); \
             v[2u * i] = two.x; \
             v[2u * i + 1u] = two.y; \
         } \

@@ -12,6 +12,8 @@
 //
 // The weights are binding 0 of the including shader.
 
+#include "common/half.glsl"
+
 #ifdef EXCHANGE
 // CPU drivers read storage buffers lane by lane with a branch for each, texels without: 2.5 times as fast on lavapipe 22.3.
 layout(set = 0, binding = 0) uniform usamplerBuffer w_texels;
@@ -96,7 +98,7 @@ uint tile_words(uint kb_n)
 
 float half_of(uint word, uint which)
 {
-    return unpackHalf2x16(word >> (16u * which)).x;
+    return unpack_half(word >> (16u * which)).x;
 }
 
 // Scale of columns 16p .. 16p+15 of block kb in row r of the tile whose first word is `base`; kb_n is KB.
@@ -114,10 +116,10 @@ Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint p)
     const float d = half_of(word(base + kb_n * 512u + kb * 32u + (r >> 1)), r & 1u);
     return Scale(d, 0.0);
 #elif defined(Q_Q4_1)
-    const vec2 dm = unpackHalf2x16(word(base + kb_n * 256u + kb * 64u + r));
+    const vec2 dm = unpack_half(word(base + kb_n * 256u + kb * 64u + r));
     return Scale(dm.x, dm.y);
 #elif defined(Q_Q5_1)
-    const vec2 dm = unpackHalf2x16(word(base + kb_n * 320u + kb * 64u + r));
+    const vec2 dm = unpack_half(word(base + kb_n * 320u + kb * 64u + r));
     return Scale(dm.x, dm.y);
 #elif defined(Q_Q4_K) || defined(Q_Q5_K)
 #if defined(Q_Q4_K)
@@ -127,7 +129,7 @@ Scale fetch_scale(uint base, uint kb_n, uint kb, uint r, uint p)
 #endif
     const uint sb = kb >> 3;
     const uint pair = word(s + (sb * 64u + r) * 4u + ((kb & 7u) >> 1)) >> (16u * (kb & 1u));
-    const vec2 dm = unpackHalf2x16(word(s + kb_n * 32u + sb * 64u + r));
+    const vec2 dm = unpack_half(word(s + kb_n * 32u + sb * 64u + r));
     return Scale(dm.x * float(pair & 255u), -dm.y * float(pair >> 8 & 255u));
 #elif defined(Q_Q6_K)
     const uint s = base + kb_n * 384u;
@@ -154,7 +156,7 @@ void fetch16(uint base, uint kb_n, uint kb, uint r, uint p, Scale s, out float w
         const uvec4 a = quad(base / 4u + (kb * 4u + 2u * p + c) * 64u + r);
         [[unroll]] for (uint i = 0; i < 4u; i++) {
 #if defined(Q_F16)
-            const vec2 v = unpackHalf2x16(a[i]);
+            const vec2 v = unpack_half(a[i]);
 #else
             const vec2 v = vec2(uintBitsToFloat(a[i] << 16), uintBitsToFloat(a[i] & 0xffff0000u));
 #endif

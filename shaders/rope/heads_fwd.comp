@@ -24,6 +24,7 @@ layout(set = 0, binding = 4) writeonly buffer Y0 { WORD y0[]; };                
 layout(set = 0, binding = 5) writeonly buffer Y1 { WORD y1[]; };
 layout(set = 0, binding = 6) writeonly buffer Y2 { WORD y2[]; };
 
+#include "common/half.glsl"
 #include "common/reduce.glsl"
 
 void store(uint part, uint at, WORD v)
@@ -56,7 +57,7 @@ void pack(uint part, uint to, uint e, float v[4], float most)
 #ifdef KV_F16
     // Beyond what f16 can hold is the largest of it, not infinity.
     [[unroll]] for (uint i = 0; i < 4u; i += 2u) {
-        store(part, to + (e + i) / 2u, packHalf2x16(clamp(vec2(v[i], v[i + 1u]), -65504.0, 65504.0)));
+        store(part, to + (e + i) / 2u, pack_half(clamp(vec2(v[i], v[i + 1u]), -65504.0, 65504.0)));
     }
 #else
     const float per_code = most > 0.0 ? 127.0 / most : 0.0;

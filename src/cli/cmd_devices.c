@@ -32,7 +32,8 @@ static json_t *caps_json(const struct keel_caps *c)
     } flag[] = {
         { "unified", c->unified }, { "host_cached", c->host_cached }, { "subgroup_arith", c->subgroup_arith },
         { "storage16", c->storage16 }, { "storage8", c->storage8 }, { "float16", c->float16 }, { "int8", c->int8 },
-        { "int_dot", c->int_dot }, { "int_dot_fast", c->int_dot_fast }, { "timestamps", c->timestamps },
+        { "soft_half", c->soft_half }, { "int_dot", c->int_dot }, { "int_dot_fast", c->int_dot_fast },
+        { "timestamps", c->timestamps },
     };
     for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
         json_object_set_new(o, number[i].name, json_integer((json_int_t)number[i].value));

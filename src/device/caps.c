@@ -14,14 +14,14 @@ struct clamp {
     const char *name;
     uint32_t workgroup, shared, push, bindings, align, subgroup;
     uint64_t range, buffer;
-    bool no_subgroup, no_arith, no_storage16, no_storage8, no_float16, no_int8, no_dot, no_unified;
+    bool no_subgroup, no_arith, no_storage16, no_storage8, no_float16, no_int8, no_dot, no_unified, soft_half;
 };
 
 static const struct clamp clamps[] = {
     // what every Vulkan 1.1 device promises
     {.name = "min", .workgroup = 128, .shared = 16384, .push = 128, .bindings = 8, .align = 256, .range = 128 * MIB,
      .buffer = 128 * MIB, .no_subgroup = true, .no_arith = true, .no_storage16 = true, .no_storage8 = true,
-     .no_float16 = true, .no_int8 = true, .no_dot = true},
+     .no_float16 = true, .no_int8 = true, .no_dot = true, .soft_half = true},
     // Raspberry Pi 5, V3DV
     {.name = "rpi", .workgroup = 256, .shared = 16384, .push = 128, .bindings = 8, .align = 256, .subgroup = 16,
      .range = 1024 * MIB, .buffer = 1024 * MIB, .no_arith = true, .no_float16 = true, .no_int8 = true, .no_dot = true},
@@ -72,6 +72,7 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
     c->storage8 = c->storage8 && !k->no_storage8;
     c->float16 = c->float16 && !k->no_float16;
     c->int8 = c->int8 && !k->no_int8;
+    c->soft_half = c->soft_half || k->soft_half;
     c->int_dot = c->int_dot && !k->no_dot;
     c->int_dot_fast = c->int_dot_fast && c->int_dot;
     c->coop.m = c->subgroup_arith && c->float16 ? c->coop.m : 0;
@@ -79,6 +80,19 @@ static void apply_clamp(struct keel_caps *c, const struct clamp *k)
         c->unified = false;
         snprintf(c->kind, sizeof(c->kind), "discrete");
     }
+}
+
+// Lavapipe of Mesa 22.3.6 with LLVM 15 on arm64 (Debian 12) hands LLVM a conversion of halves that ends the process: "Cannot select:
+// v4f32 = AArch64ISD::VLSHR". Mesa 25.0.7 with LLVM 19 does not; which release mended it is not known. x86 is not affected.
+static bool breaks_halves(const char *driver)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    (void)driver;
+    return false;
+#else
+    unsigned major = 0;
+    return sscanf(driver, "llvmpipe, Mesa %u", &major) == 1 && major < 25;
+#endif
 }
 
 // --- queries -------------------------------------------------------------------------------------
@@ -353,6 +367,7 @@ static void read_properties(struct keel_caps *c, VkPhysicalDevice phys, const st
     } else {
         snprintf(c->driver, sizeof(c->driver), "driver %" PRIu32, q.properties.driverVersion);
     }
+    c->soft_half = breaks_halves(c->driver);
     for (size_t i = 0; i < VK_UUID_SIZE; ++i) {
         snprintf(c->uuid + 2 * i, 3, "%02x", id.deviceUUID[i]);
     }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define CACHE_MOST (256u << 20) // a larger file is not ours
+#define SPEC_SOFT_HALF 100u     // constant of shaders/common/half.glsl, set for all
 
 // --- disk cache ----------------------------------------------------------------------------------
 
@@ -191,12 +192,18 @@ out:
 // From any thread, for different pipelines. Without a success there is no handle.
 static VkResult compile(keel_device *dev, struct pipeline *p)
 {
-    VkSpecializationMapEntry entries[KEEL_MAX_SPEC];
+    VkSpecializationMapEntry entries[KEEL_MAX_SPEC + 1];
+    uint32_t values[KEEL_MAX_SPEC + 1];
     VkShaderModule module = VK_NULL_HANDLE;
     for (uint32_t i = 0; i < p->n_spec; ++i) {
         entries[i] = (VkSpecializationMapEntry){.constantID = i, .offset = 4 * i, .size = 4};
+        values[i] = p->spec[i];
     }
-    const VkSpecializationInfo spec = {.mapEntryCount = p->n_spec, .pMapEntries = entries, .dataSize = 4u * p->n_spec, .pData = p->spec};
+    // A constant that a shader does not have is ignored (Vulkan 1.1, 9.7).
+    entries[p->n_spec] = (VkSpecializationMapEntry){.constantID = SPEC_SOFT_HALF, .offset = 4 * p->n_spec, .size = 4};
+    values[p->n_spec] = dev->caps.soft_half;
+    const VkSpecializationInfo spec = {.mapEntryCount = p->n_spec + 1, .pMapEntries = entries, .dataSize = 4u * (p->n_spec + 1),
+                                       .pData = values};
     const VkShaderModuleCreateInfo code = {.sType = VK_STRUCTURE_TYPE_SHADER_MODULE_CREATE_INFO,
                                            .codeSize = 4u * p->shader->code_words, .pCode = p->shader->code};
     VkResult r = dev->vk.vkCreateShaderModule(dev->handle, &code, NULL, &module);

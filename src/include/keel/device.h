@@ -45,6 +45,7 @@ struct keel_caps {
                                 // faster than equal loads by all lanes
     bool storage16, storage8;   // 16- and 8-bit storage buffers may be used
     bool float16, int8;         // 16-bit float and 8-bit integer arithmetic may be used
+    bool soft_half;             // 16-bit floats are taken apart by integer arithmetic: the driver's own conversion does not work
     bool int_dot, int_dot_fast; // 4×8-bit integer dot product may be used; in one instruction
     struct {
         uint32_t m, n, k;       // shape of one cooperative matrix product of a subgroup, f16 × f16 into f32; 0: none that keel uses
