@@ -263,32 +263,33 @@ static bool check_lora(struct bed *b, bool quick, uint32_t *n, double *worst)
 
 struct attention {
     int T, H, G, d, S;
+    bool all;
     int *lo, *hi;
     uint32_t max_union, max_q_union;
     struct keel_token_span *spans;
     double *q, *k, *v, *o, *p;
 };
 
-// Causal with a window of 21 keys, so that rows begin and end everywhere.
+// Causal with a window of 21 keys, so that rows begin and end everywhere; or every token sees all keys.
 static void attention_mask(struct bed *b, struct attention *a)
 {
-    const int window = 21;
+    const int window = a->all ? a->T : 21;
     a->lo = bed_bytes(b, (size_t)a->T * sizeof *a->lo);
     a->hi = bed_bytes(b, (size_t)a->T * sizeof *a->hi);
     a->spans = bed_bytes(b, (size_t)a->T * sizeof *a->spans);
     a->S = KEEL_MIN(a->T, window);
     for (int t = 0; t < a->T; t++) {
         a->lo[t] = KEEL_MAX(0, t + 1 - window);
-        a->hi[t] = t + 1;
+        a->hi[t] = a->all ? a->T : t + 1;
         a->spans[t] = (struct keel_token_span){ .lo = (uint32_t)a->lo[t], .hi = (uint32_t)a->hi[t], .slot = (uint32_t)t,
-                                                .q_lo = (uint32_t)t, .q_hi = (uint32_t)KEEL_MIN(a->T, t + window) };
+                                                .q_lo = a->all ? 0 : (uint32_t)t, .q_hi = (uint32_t)KEEL_MIN(a->T, t + window) };
     }
     a->max_union = a->max_q_union = (uint32_t)KEEL_MIN(a->T, window + KEEL_ATTENTION_GROUP);
 }
 
-static struct attention attention_set_up(struct bed *b, int T, int H, int G, int d)
+static struct attention attention_set_up(struct bed *b, int T, int H, int G, int d, bool all)
 {
-    struct attention a = { .T = T, .H = H, .G = G, .d = d };
+    struct attention a = { .T = T, .H = H, .G = G, .d = d, .all = all };
     const size_t n_q = (size_t)T * H * d, n_kv = (size_t)T * G * d;
     bed_begin(b, (uint64_t)T * 13 + (uint64_t)d);
     attention_mask(b, &a);
@@ -323,9 +324,9 @@ static struct keel_span attention_kv(struct bed *b, enum keel_dtype type, double
     return bed_words(b, packed, words);
 }
 
-static bool attention_case(struct bed *b, enum keel_dtype type, int T, int H, int G, int d)
+static bool attention_case(struct bed *b, enum keel_dtype type, int T, int H, int G, int d, bool all)
 {
-    struct attention a = attention_set_up(b, T, H, G, d);
+    struct attention a = attention_set_up(b, T, H, G, d, all);
     const size_t n_q = (size_t)T * H * d, kv_heads = (size_t)T * G;
     const struct keel_span k = attention_kv(b, type, a.k, kv_heads, d), v = attention_kv(b, type, a.v, kv_heads, d);
     ref_attention(a.o, a.p, a.q, a.k, a.v, (struct ref_mask){ a.lo, a.hi }, T, H, G, d, T, a.S, 1 / sqrt((double)d)); // of what is packed
@@ -334,14 +335,14 @@ static bool attention_case(struct bed *b, enum keel_dtype type, int T, int H, in
         .o = bed_out(b, NULL, a.o, coarse(b, a.o, n_q), n_q),
         .p = bed_scratch(b, keel_attention_scratch((uint32_t)T, (uint32_t)H, (uint32_t)a.S)), .n_tokens = (uint32_t)T,
         .n_heads = (uint32_t)H, .n_kv_heads = (uint32_t)G, .head_dim = (uint32_t)d, .kv_rows = (uint32_t)T, .max_span = (uint32_t)a.S,
-        .max_union = a.max_union, .scale = 1 / sqrtf((float)d),
+        .max_union = a.max_union, .scale = 1 / sqrtf((float)d), .all = all,
     };
     return bed_run(b, record_attention, &p);
 }
 
 static bool attention_bwd_case(struct bed *b, int T, int H, int G, int d)
 {
-    const struct attention a = attention_set_up(b, T, H, G, d);
+    const struct attention a = attention_set_up(b, T, H, G, d, false);
     const size_t n_q = (size_t)T * H * d, n_kv = (size_t)T * G * d, n_p = (size_t)H * T * a.S;
     const double *d_o = bed_draw(b, n_q, 1, BED_NORMAL);
     double *dq = bed_zeros(b, n_q), *dk = bed_zeros(b, n_kv), *dv = bed_zeros(b, n_kv);
@@ -369,10 +370,24 @@ static bool check_attention(struct bed *b, bool quick, uint32_t *n, double *wors
             return false;
         }
         for (uint32_t k = 0; k < (quick ? 1 : KEEL_COUNT(caches)); k++) { // few runs have packed caches
-            const bool ok = attention_case(b, caches[k], sizes[i].T, sizes[i].H, sizes[i].G, sizes[i].d);
+            const bool ok = attention_case(b, caches[k], sizes[i].T, sizes[i].H, sizes[i].G, sizes[i].d, false);
             if (!booked(b, ok, n, worst, keel_dtype_info(caches[k])->name, sizes[i].T, sizes[i].H, sizes[i].d)) {
                 return false;
             }
+        }
+    }
+    return true;
+}
+
+static bool check_patches(struct bed *b, bool quick, uint32_t *n, double *worst)
+{
+    static const struct {
+        int T, H, d;
+    } sizes[] = { { 36, 2, 72 }, { 76, 1, 64 }, { 16, 3, 24 } };
+    for (uint32_t i = 0; i < (quick ? 1 : KEEL_COUNT(sizes)); i++) {
+        const bool ok = attention_case(b, KEEL_F32, sizes[i].T, sizes[i].H, sizes[i].H, sizes[i].d, true);
+        if (!booked(b, ok, n, worst, "forward", sizes[i].T, sizes[i].H, sizes[i].d)) {
+            return false;
         }
     }
     return true;
@@ -459,6 +474,7 @@ const struct check *doctor_checks(size_t *n)
         { "linear backward", KEEL_FAMILY_MATMUL_BWD, check_matmul_bwd },
         { "LoRA", KEEL_FAMILY_LORA, check_lora },
         { "attention", KEEL_FAMILY_ATTENTION, check_attention },
+        { "attention of patches", KEEL_FAMILY_PATCHES, check_patches },
         { "rmsnorm", -1, check_rmsnorm },
         { "cross-entropy", -1, check_xent },
     };

@@ -22,7 +22,7 @@ static void record_timed(keel_recorder *rec, const void *params)
 {
     const struct timed_run *r = params;
     const uint32_t rows = rows_of(r);
-    if (r->family == KEEL_FAMILY_ATTENTION) {
+    if (r->family == KEEL_FAMILY_ATTENTION || r->family == KEEL_FAMILY_PATCHES) {
         keel_attention(rec, &r->attention);
     } else if (r->family == KEEL_FAMILY_MATMUL_BWD) {
         keel_linear_bwd(rec, &(struct keel_linear_bwd_params){ .w = r->w, .dy = r->y, .dx = r->x, .n_tokens = rows });
@@ -88,12 +88,34 @@ static double time_attention(struct bed *b, struct timed_run *r)
     return time_zeros(b, r);
 }
 
+// Patches of a small image, heads as wide as SigLIP's.
+static double time_patches(struct bed *b, struct timed_run *r)
+{
+    enum { PATCHES = 256, HEADS = 2, WIDTH = 72 };
+    const uint64_t floats = (uint64_t)PATCHES * HEADS * WIDTH;
+    bed_begin(b, 1);
+    struct keel_token_span *spans = bed_bytes(b, PATCHES * sizeof *spans);
+    for (uint32_t i = 0; i < PATCHES; i++) {
+        spans[i] = (struct keel_token_span){ .lo = 0, .hi = PATCHES, .slot = i, .q_lo = 0, .q_hi = PATCHES };
+    }
+    r->attention = (struct keel_attention_params){
+        .q = zeros(b, floats), .k = zeros(b, floats), .v = zeros(b, floats), .spans = bed_words(b, spans, PATCHES * sizeof *spans / 4),
+        .o = zeros(b, floats), .p = zeros(b, keel_attention_scratch(PATCHES, HEADS, PATCHES) / 4), .n_tokens = PATCHES,
+        .n_heads = HEADS, .n_kv_heads = HEADS, .head_dim = WIDTH, .kv_rows = PATCHES, .max_span = PATCHES, .max_union = PATCHES,
+        .scale = 1 / sqrtf((float)WIDTH), .all = true,
+    };
+    return time_zeros(b, r);
+}
+
 double doctor_time(struct bed *b, enum keel_family family, const struct timing *t)
 {
     struct timed_run r = { .family = family, .t = t };
     double sum = 0;
     if (family == KEEL_FAMILY_ATTENTION) {
         return time_attention(b, &r);
+    }
+    if (family == KEEL_FAMILY_PATCHES) {
+        return time_patches(b, &r);
     }
     for (uint32_t i = 0; i < t->n_matrices; i++) {
         // A head has more rows than others; for many tokens its products are done in parts elsewhere.

@@ -137,7 +137,7 @@ static void record_mix_all(keel_recorder *rec, struct attention_pc pc, const str
 void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
 {
     const uint32_t chunk = chunk_of(p->p.bytes, 4ull * p->n_heads * p->max_span, p->n_tokens);
-    const bool all = p->all && p->type == KEEL_F32 && use_exchange(rec, KEEL_FAMILY_ATTENTION) && p->head_dim % 8 == 0 && p->kv_rows % 4 == 0;
+    const bool all = p->all && p->type == KEEL_F32 && use_exchange(rec, KEEL_FAMILY_PATCHES) && p->head_dim % 8 == 0 && p->kv_rows % 4 == 0;
     for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
         const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
         struct attention_pc pc = {

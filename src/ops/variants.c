@@ -35,8 +35,8 @@ static const struct {
     bool (*can)(const struct keel_caps *c); // NULL: every device
 } variants[KEEL_N_VARIANTS] = {
     [KEEL_VARIANT_BASE] = { "base", UINT32_MAX, 0, NULL },
-    [KEEL_VARIANT_EXCHANGE] = { "exchange", FAMILY(MATVEC) | FAMILY(MATMUL) | FAMILY(MATMUL_BWD) | FAMILY(LORA) | FAMILY(ATTENTION),
-                                0, can_exchange },
+    [KEEL_VARIANT_EXCHANGE] = { "exchange", FAMILY(MATVEC) | FAMILY(MATMUL) | FAMILY(MATMUL_BWD) | FAMILY(LORA) | FAMILY(ATTENTION)
+                                | FAMILY(PATCHES), 0, can_exchange },
     [KEEL_VARIANT_COOP] = { "coop", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.4p-22, can_coop },
     [KEEL_VARIANT_COOP16] = { "coop16", FAMILY(MATMUL) | FAMILY(MATMUL_BWD), 0x1.1p-10, can_coop },
     [KEEL_VARIANT_DOT] = { "dot", FAMILY(MATVEC), 1.01 / 254, can_dot },
@@ -46,7 +46,7 @@ const char *keel_family_name(enum keel_family f)
 {
     static const char *const names[KEEL_N_FAMILIES] = {
         [KEEL_FAMILY_MATVEC] = "matvec", [KEEL_FAMILY_MATMUL] = "matmul", [KEEL_FAMILY_MATMUL_BWD] = "matmul_bwd",
-        [KEEL_FAMILY_LORA] = "lora", [KEEL_FAMILY_ATTENTION] = "attention",
+        [KEEL_FAMILY_LORA] = "lora", [KEEL_FAMILY_ATTENTION] = "attention", [KEEL_FAMILY_PATCHES] = "patches",
     };
     return names[f];
 }

@@ -16,6 +16,7 @@ enum keel_family {
     KEEL_FAMILY_MATMUL_BWD, // keel_linear_bwd()
     KEEL_FAMILY_LORA,       // keel_lora_*()
     KEEL_FAMILY_ATTENTION,  // keel_attention(), keel_attention_bwd()
+    KEEL_FAMILY_PATCHES,    // keel_attention() where every token sees every key
     KEEL_N_FAMILIES
 };
 #define KEEL_MATMUL_TOKENS 8u

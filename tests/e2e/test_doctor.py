@@ -22,7 +22,7 @@ def chosen(j):
 def test_quick(keel):
     j = keel("doctor", "--quick", "--json").json
     assert j["base_wrong"] == 0 and all(r["right"] and r["cases"] > 0 and 0 <= r["worst"] <= 1 and r["ms"] > 0 for r in j["rows"])
-    assert chosen(j).keys() == {r["family"] for r in j["rows"]} >= {"matvec", "matmul", "matmul_bwd", "lora", "attention"}
+    assert chosen(j).keys() == {r["family"] for r in j["rows"]} >= {"matvec", "matmul", "matmul_bwd", "lora", "attention", "patches"}
     assert "chosen" in keel("doctor", "--quick").out
 
 
