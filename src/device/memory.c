@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 #define MIB (1024ull * 1024)
+#define LARGE (8 * MIB) // spans from here on share no block
 #define SPAN_ALIGN 256u // largest minStorageBufferOffsetAlignment that Vulkan allows
 #define LOCAL VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
 #define VISIBLE VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT
@@ -152,13 +153,14 @@ static VkResult new_block(struct keel_block **out, keel_heap *heap, uint64_t byt
 }
 
 // Adds a block for at least `bytes`: larger where the heap has grown, so that many small spans share few buffers, but never
-// more than 64 MiB of slack on a small board.
+// more than 64 MiB of slack on a small board. Large spans get blocks of their own size: two of 53 MB, as the 4B's layers are, would
+// leave a fifth of a block unused.
 static keel_status grow(keel_heap *heap, uint64_t bytes, bool exact)
 {
     keel_device *dev = heap->dev;
     const bool counted = is_counted(dev, heap->kind);
     const uint64_t limit = counted && dev->memory_limit ? dev->memory_limit : UINT64_MAX;
-    const uint64_t slack = exact ? 0 : KEEL_MIN(KEEL_MAX(heap->bytes / 4, MIB), 64 * MIB);
+    const uint64_t slack = exact || bytes >= LARGE ? 0 : KEEL_MIN(KEEL_MAX(heap->bytes / 4, MIB), 64 * MIB);
     uint64_t want = KEEL_MIN(KEEL_MAX(bytes, keel_align_up(slack, SPAN_ALIGN)), dev->caps.max_buffer);
     struct keel_block *b = NULL;
     if (dev->lost) {
