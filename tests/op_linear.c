@@ -48,18 +48,8 @@ static double *budgets(struct op_test *t, enum keel_family f, uint32_t tokens, c
 // For the dot variant, which rounds one token's x to 8 bits with a scale for each 32 columns: what is added to its n budgets. W's magnitudes.
 static void add_dot_budget(struct op_test *t, double *budget, enum keel_dtype type, const double *x, const double *mag, int T, int N, int K)
 {
-    if (T != 1 || (type != KEEL_Q8_0 && type != KEEL_Q4_0) || keel_variant_of(op_device(t), KEEL_FAMILY_MATVEC) != KEEL_VARIANT_DOT) {
-        return;
-    }
-    double *most = op_zeros(t, (size_t)K), *size = op_zeros(t, (size_t)N);
-    for (int i = 0; i < K; i++) {
-        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) {
-            most[i] = KEEL_MAX(most[i], fabs(x[j]));
-        }
-    }
-    ref_linear(size, most, mag, T, N, K, false);
-    for (int n = 0; n < N; n++) {
-        budget[n] += keel_variant_rounding(KEEL_VARIANT_DOT) * size[n];
+    if (T == 1 && (type == KEEL_Q8_0 || type == KEEL_Q4_0) && keel_variant_of(op_device(t), KEEL_FAMILY_MATVEC) == KEEL_VARIANT_DOT) {
+        ref_block_rounding(budget, x, mag, N, K, keel_variant_rounding(KEEL_VARIANT_DOT));
     }
 }
 

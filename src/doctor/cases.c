@@ -81,18 +81,8 @@ static double *budgets(struct bed *b, enum keel_family f, const double *size, si
 // For the dot variant, which rounds one token's x to 8 bits with a scale for each 32 columns: what is added to its n budgets. W's magnitudes.
 static void add_dot_budget(struct bed *b, double *budget, enum keel_dtype type, const double *x, const double *mag, int T, int N, int K)
 {
-    if (T != 1 || (type != KEEL_Q8_0 && type != KEEL_Q4_0) || keel_variant_of(b->dev, KEEL_FAMILY_MATVEC) != KEEL_VARIANT_DOT) {
-        return;
-    }
-    double *most = bed_zeros(b, (size_t)K), *size = bed_zeros(b, (size_t)N);
-    for (int i = 0; i < K; i++) {
-        for (int j = i / 32 * 32; j < i / 32 * 32 + 32; j++) {
-            most[i] = KEEL_MAX(most[i], fabs(x[j]));
-        }
-    }
-    ref_linear(size, most, mag, T, N, K, false);
-    for (int n = 0; n < N; n++) {
-        budget[n] += keel_variant_rounding(KEEL_VARIANT_DOT) * size[n];
+    if (T == 1 && (type == KEEL_Q8_0 || type == KEEL_Q4_0) && keel_variant_of(b->dev, KEEL_FAMILY_MATVEC) == KEEL_VARIANT_DOT) {
+        ref_block_rounding(budget, x, mag, N, K, keel_variant_rounding(KEEL_VARIANT_DOT));
     }
 }
 

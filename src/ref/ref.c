@@ -25,6 +25,21 @@ void ref_linear(double *y, const double *x, const double *w, int T, int N, int K
     }
 }
 
+void ref_block_rounding(double *budget, const double *x, const double *mag, int N, int K, double eps)
+{
+    for (int block = 0; block < K; block += 32) {
+        double most = 0;
+        for (int k = block; k < block + 32; k++) {
+            most = fmax(most, fabs(x[k]));
+        }
+        for (int n = 0; n < N; n++) {
+            for (int k = block; k < block + 32; k++) {
+                budget[n] += eps * most * mag[(size_t)n * K + k];
+            }
+        }
+    }
+}
+
 void ref_linear_bwd(double *dx, const double *dy, const double *w, int T, int N, int K, bool add)
 {
     for (int t = 0; t < T; t++) {

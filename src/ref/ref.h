@@ -23,6 +23,9 @@ void ref_random_blocks(struct keel_rng *rng, enum keel_dtype type, void *blocks,
 
 // y [T, N] = x [T, K] · wᵀ, w [N, K]; y += with add
 void ref_linear(double *y, const double *x, const double *w, int T, int N, int K, bool add);
+// budget [N] += eps · Σ |w| · max |x| over x's blocks of 32 columns: the error of a product that rounds x [K] to eps of each block's
+// largest. `mag` [N, K] stands for |w|; K is a multiple of 32.
+void ref_block_rounding(double *budget, const double *x, const double *mag, int N, int K, double eps);
 // dx [T, K] = dy [T, N] · w; dx += with add
 void ref_linear_bwd(double *dx, const double *dy, const double *w, int T, int N, int K, bool add);
 // y [T, K] = scale · w[ids[t], :]
