@@ -72,43 +72,47 @@ static double time_matrix(struct bed *b, struct timed_run *r, const struct keel_
     return time_zeros(b, r);
 }
 
+// Attention over zeros; `p` has the counts, the rest is filled in.
+static double time_spans(struct bed *b, struct timed_run *r, const struct keel_token_span *spans, struct keel_attention_params p)
+{
+    const uint64_t q = (uint64_t)p.n_tokens * p.n_heads * p.head_dim, kv = (uint64_t)p.kv_rows * p.n_kv_heads * p.head_dim;
+    p.q = zeros(b, q);
+    p.k = zeros(b, kv);
+    p.v = zeros(b, kv);
+    p.o = zeros(b, q);
+    p.p = zeros(b, keel_attention_scratch(p.n_tokens, p.n_heads, p.kv_rows) / 4);
+    p.spans = bed_words(b, spans, p.n_tokens * sizeof *spans / 4);
+    p.max_span = p.max_union = p.kv_rows;
+    p.scale = 1 / sqrtf((float)p.head_dim);
+    r->attention = p;
+    return time_zeros(b, r);
+}
+
 // The last n tokens of a text, each with all keys before it in sight.
 static double time_attention(struct bed *b, struct timed_run *r, uint32_t n)
 {
     const struct timing *t = r->t;
-    const uint64_t kv = (uint64_t)t->keys * t->n_kv_heads * t->head_dim, q = (uint64_t)n * t->n_heads * t->head_dim;
     bed_begin(b, 1);
     struct keel_token_span *spans = bed_bytes(b, n * sizeof *spans);
     for (uint32_t i = 0; i < n; i++) {
         const uint32_t hi = t->keys - n + i + 1;
         spans[i] = (struct keel_token_span){ .lo = 0, .hi = hi, .slot = hi - 1 };
     }
-    r->attention = (struct keel_attention_params){
-        .q = zeros(b, q), .k = zeros(b, kv), .v = zeros(b, kv), .spans = bed_words(b, spans, n * sizeof *spans / 4),
-        .o = zeros(b, q), .p = zeros(b, keel_attention_scratch(n, t->n_heads, t->keys) / 4), .n_tokens = n, .n_heads = t->n_heads,
-        .n_kv_heads = t->n_kv_heads, .head_dim = t->head_dim, .kv_rows = t->keys, .max_span = t->keys, .max_union = t->keys,
-        .scale = 1 / sqrtf((float)t->head_dim),
-    };
-    return time_zeros(b, r);
+    return time_spans(b, r, spans, (struct keel_attention_params){
+        .n_tokens = n, .n_heads = t->n_heads, .n_kv_heads = t->n_kv_heads, .head_dim = t->head_dim, .kv_rows = t->keys });
 }
 
 // Patches of a small image, heads as wide as SigLIP's.
 static double time_patches(struct bed *b, struct timed_run *r)
 {
     enum { PATCHES = 256, HEADS = 2, WIDTH = 72 };
-    const uint64_t floats = (uint64_t)PATCHES * HEADS * WIDTH;
     bed_begin(b, 1);
     struct keel_token_span *spans = bed_bytes(b, PATCHES * sizeof *spans);
     for (uint32_t i = 0; i < PATCHES; i++) {
         spans[i] = (struct keel_token_span){ .lo = 0, .hi = PATCHES, .slot = i, .q_lo = 0, .q_hi = PATCHES };
     }
-    r->attention = (struct keel_attention_params){
-        .q = zeros(b, floats), .k = zeros(b, floats), .v = zeros(b, floats), .spans = bed_words(b, spans, PATCHES * sizeof *spans / 4),
-        .o = zeros(b, floats), .p = zeros(b, keel_attention_scratch(PATCHES, HEADS, PATCHES) / 4), .n_tokens = PATCHES,
-        .n_heads = HEADS, .n_kv_heads = HEADS, .head_dim = WIDTH, .kv_rows = PATCHES, .max_span = PATCHES, .max_union = PATCHES,
-        .scale = 1 / sqrtf((float)WIDTH), .all = true,
-    };
-    return time_zeros(b, r);
+    return time_spans(b, r, spans, (struct keel_attention_params){
+        .n_tokens = PATCHES, .n_heads = HEADS, .n_kv_heads = HEADS, .head_dim = WIDTH, .kv_rows = PATCHES, .all = true });
 }
 
 double doctor_time(struct bed *b, enum keel_family family, const struct timing *t)
