@@ -5,6 +5,7 @@
 #define KEEL_BASE_H
 
 #include <keel/log.h>
+#include <keel/size.h>
 #include <keel/status.h>
 
 #include <stdbool.h>
@@ -123,9 +124,6 @@ struct keel_text {
 void keel_text_add(struct keel_text *t, const void *bytes, size_t len);
 void keel_text_addf(struct keel_text *t, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void keel_text_finish(struct keel_text *t); // frees; accepts an all-zero text
-
-// Bytes of a size such as "512M" or "2.5G" (K, M and G are powers of 1024). False, and *out untouched, if it is none.
-bool keel_parse_size(const char *text, uint64_t *out);
 
 // True if the bytes are well-formed UTF-8 (RFC 3629: no overlong forms, no surrogates, at most U+10FFFF);
 // otherwise `bad_at`, unless NULL, is the offset of the first bad byte.

@@ -2,6 +2,8 @@
 // cli/args.c: parses options from a table and prints the help from the same table.
 #include "args.h"
 
+#include <keel/size.h>
+
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
@@ -44,24 +46,6 @@ static bool parse_number(const char *text, double *out)
     }
     *out = strtod(text, &end);
     return *end == '\0' && isfinite(*out);
-}
-
-// "1500", "64K", "512M", "2.5G" (powers of 1024).
-static bool parse_size(const char *text, uint64_t *out)
-{
-    static const char suffix[] = "KMG";
-    char *end;
-    if (!isdigit((unsigned char)text[0])) {
-        return false;
-    }
-    double x = strtod(text, &end);
-    const char *at = *end ? strchr(suffix, toupper((unsigned char)*end)) : NULL;
-    if (at) {
-        x *= (double)(1ull << (10 * (at - suffix + 1)));
-        end++;
-    }
-    *out = x < 1.8e19 ? (uint64_t)x : UINT64_MAX;
-    return *end == '\0';
 }
 
 static bool in_range(const struct arg_option *o, double x)
@@ -127,7 +111,7 @@ static bool set_value(const char *command, const struct arg_option *o, void *arg
     case ARG_U32:
     case ARG_U64: return set_whole(command, o, args, text);
     case ARG_SIZE:
-        if (!parse_size(text, field(args, o))) {
+        if (!keel_parse_size(text, field(args, o))) {
             fprintf(stderr, "keel %s: %s %s: not a size such as 512M or 2.5G\n", command, o->name, text);
             return false;
         }

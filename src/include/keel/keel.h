@@ -12,6 +12,7 @@
 #include <keel/log.h>
 #include <keel/model.h>
 #include <keel/session.h>
+#include <keel/size.h>
 #include <keel/status.h>
 #include <keel/steer.h>
 #include <keel/study.h>
