@@ -153,8 +153,8 @@ static VkResult new_block(struct keel_block **out, keel_heap *heap, uint64_t byt
 }
 
 // Adds a block for at least `bytes`: larger where the heap has grown, so that many small spans share few buffers, but never
-// more than 64 MiB of slack on a small board. Large spans get blocks of their own size: two of 53 MB, as the 4B's layers are, would
-// leave a fifth of a block unused.
+// more than 64 MiB of slack on a small board. Large spans get blocks of their own size: one of 53 MB, as the 4B's layers are, would
+// leave a fifth of such a block unused.
 static keel_status grow(keel_heap *heap, uint64_t bytes, bool exact)
 {
     keel_device *dev = heap->dev;
