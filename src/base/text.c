@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// base/text.c: growing byte strings and UTF-8 checks.
+// base/text.c: growing byte strings, sizes in bytes, UTF-8 checks.
 #include "base.h"
 
 #include <ctype.h>

@@ -99,17 +99,22 @@ static bool coop_fits(const struct keel_caps *c, const struct plan *p, bool back
     return p->spec[0] <= c->max_workgroup && bytes <= c->max_shared;
 }
 
+static bool coop_chosen(const keel_recorder *rec, enum keel_family family)
+{
+    const enum keel_variant v = keel_variant_of(keel_recorder_device(rec), family);
+    return v == KEEL_VARIANT_COOP || v == KEEL_VARIANT_COOP16;
+}
+
 // Cooperative matrices where they were chosen and the tokens are many enough. False: another variant.
 static bool plan_coop(const keel_recorder *rec, enum keel_family family, const struct keel_shader *shader, uint32_t n_tokens,
                       uint32_t n_columns, uint32_t n_parts, struct plan *out)
 {
     const struct keel_caps *c = keel_device_caps(keel_recorder_device(rec));
-    const enum keel_variant v = keel_variant_of(keel_recorder_device(rec), family);
-    const bool chosen = v == KEEL_VARIANT_COOP || v == KEEL_VARIANT_COOP16;
+    const bool chosen = coop_chosen(rec, family), pairs = keel_variant_of(keel_recorder_device(rec), family) == KEEL_VARIANT_COOP;
     bool fits = false;
     *out = (struct plan){ 0 };
     for (uint32_t i = 0; i < KEEL_COUNT(coop_sizes) && chosen && !fits && n_tokens >= KEEL_MATMUL_TOKENS; i++) {
-        *out = coop_plan(c, &coop_sizes[i], v == KEEL_VARIANT_COOP);
+        *out = coop_plan(c, &coop_sizes[i], pairs);
         const bool many = n_tokens > out->tokens / 2 &&
                           keel_div_up(n_tokens, out->tokens) * keel_div_up(n_columns, out->columns) >= MANY_WORKGROUPS;
         fits = coop_fits(c, out, family == KEEL_FAMILY_MATMUL_BWD) && (many || i + 1 == KEEL_COUNT(coop_sizes));
@@ -264,8 +269,7 @@ void keel_linear_group(keel_recorder *rec, const struct keel_linear_group_params
         any_lora = any_lora || part[i].lora;
         part[i].lora = fuse_lora ? part[i].lora : NULL;
     }
-    const enum keel_variant v = keel_variant_of(keel_recorder_device(rec), forward_family(p->n_tokens));
-    const bool coop = v == KEEL_VARIANT_COOP || v == KEEL_VARIANT_COOP16; // has no joined form of gate and up
+    const bool coop = coop_chosen(rec, forward_family(p->n_tokens)); // has no joined form of gate and up
     if (p->glu && !coop && (fuse_lora || !any_lora) && join_parts(rec, part, 2, &base, &joined)) {
         record_product(rec, &joined);
         return;
