@@ -46,7 +46,7 @@ bool keel_speed_load(keel_device *dev)
     if (!f) {
         return false;
     }
-    const int n = fscanf(f, "keel-speed 5 %lf %lf %lf exchange %d", &gflops, &gbps, &matvec, &exchange);
+    const int n = fscanf(f, "keel-speed 6 %lf %lf %lf exchange %d", &gflops, &gbps, &matvec, &exchange);
     (void)fclose(f);
     if (n != 4 || !sane(gflops, 0.0, 1e7) || !sane(gbps, 0.0, 1e6) || !sane(matvec, 0.0, 1e6)) {
         return false;
@@ -67,7 +67,7 @@ void keel_speed_save(const keel_device *dev)
     if (dev->lost || !keel_device_cache_path(dev, "speed", path, sizeof(path)) || keel_file_create(&file, path, &quiet) != KEEL_OK) {
         return;
     }
-    fprintf(file.f, "keel-speed 5 %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->caps.matvec_gbps,
+    fprintf(file.f, "keel-speed 6 %.4g %.4g %.4g exchange %d\n", dev->caps.gflops, dev->caps.gbps, dev->caps.matvec_gbps,
             dev->caps.exchange);
     (void)keel_file_commit(&file, &quiet);
 }
@@ -151,19 +151,24 @@ out:
 static keel_status measure_matvec(keel_device *dev, keel_recorder *rec, keel_heap *heap, double *bytes)
 {
     keel_status st = KEEL_OK;
-    const uint32_t words = 256;        // of eight weights: rows of 2048
-    const uint32_t group = LANES * 2 * words * 4; // bytes: two rows a lane
+    *bytes = 0.0;
+    const uint32_t words = 128;            // of sixteen weights: rows of 2048
+    const uint32_t group = LANES * words * 16; // bytes: two rows a lane
     const uint32_t groups = (uint32_t)KEEL_MAX(buffer_bytes(dev) / group, 1u);
     struct keel_span w, x, y;
     KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * group, &w));
-    KEEL_TRY(keel_heap_alloc(heap, words * 8 * 4, &x));
+    KEEL_TRY(keel_heap_alloc(heap, words * 16 * 4, &x));
     KEEL_TRY(keel_heap_alloc(heap, (uint64_t)groups * LANES * 8, &y));
-    struct keel_dispatch d = {.shader = &keel_sh_device_matvec, .spec = {LANES}, .n_spec = 1,
-                              .bind = {{w, KEEL_READ}, {x, KEEL_READ}, {y, KEEL_WRITE}}, .n_bind = 3, .push = &words,
-                              .push_bytes = sizeof(words), .groups = {KEEL_MIN(groups, 8u), 1, 1}, .label = "measure matvec"};
     keel_record_fill(rec, w, 0x3a3a3a3au);
     keel_record_fill(rec, x, 0x3f800000u);
-    KEEL_TRY(best_rate(rec, &d, groups, group, bytes));
+    for (int v = 0; v < (dev->caps.exchange ? 2 : 1); ++v) { // the faster form, as products take it
+        struct keel_dispatch d = {.shader = v ? &keel_sh_device_matvec_x : &keel_sh_device_matvec, .spec = {LANES}, .n_spec = 1,
+                                  .bind = {{w, KEEL_READ}, {x, KEEL_READ}, {y, KEEL_WRITE}}, .n_bind = 3, .push = &words,
+                                  .push_bytes = sizeof(words), .groups = {KEEL_MIN(groups, 8u), 1, 1}, .label = "measure matvec"};
+        double rate;
+        KEEL_TRY(best_rate(rec, &d, groups, group, &rate));
+        *bytes = KEEL_MAX(*bytes, rate);
+    }
 out:
     return st;
 }
