@@ -15,6 +15,7 @@ struct att_case {
     int slack;  // max_span and so on are so much larger than need be
     int first;  // RING only: position of token 0, with R cache rows
     int R;
+    int split; // forward: the tokens before this one and the others in a call each
     enum keel_dtype type; // of keys and values
 };
 
@@ -33,6 +34,13 @@ struct att_setup {
 static void record_fwd(keel_recorder *rec, const void *p)
 {
     keel_attention(rec, p);
+}
+
+static void record_fwd_split(keel_recorder *rec, const void *p)
+{
+    const struct keel_attention_params *call = p;
+    keel_attention(rec, &call[0]);
+    keel_attention(rec, &call[1]);
 }
 
 static void record_bwd(keel_recorder *rec, const void *p)
@@ -107,8 +115,8 @@ static void fill_spans(struct op_test *t, struct att_setup *s, const struct att_
 static struct att_setup set_up(struct op_test *t, const struct att_case *c, const char *what)
 {
     const struct keel_dtype_info *type = keel_dtype_info(c->type);
-    op_begin(t, "%s %s T=%d H=%d G=%d d=%d chunk=%d slack=%d first=%d R=%d %s", what, mask_names[c->mask], c->T, c->H, c->G, c->d,
-             c->chunk, c->slack, c->first, c->R, type->name);
+    op_begin(t, "%s %s T=%d H=%d G=%d d=%d chunk=%d slack=%d first=%d R=%d split=%d %s", what, mask_names[c->mask], c->T, c->H, c->G,
+             c->d, c->chunk, c->slack, c->first, c->R, c->split, type->name);
     struct att_setup s = { .R = c->R ? c->R : c->T, .scale = (double)(1 / sqrtf((float)c->d)) };
     fill_spans(t, &s, c);
     s.n_q = (size_t)c->T * c->H * c->d;
@@ -217,6 +225,14 @@ static void fwd_case(struct op_test *t, const struct att_case *c)
         .head_dim = (uint32_t)c->d, .kv_rows = (uint32_t)s.R, .max_span = (uint32_t)s.S, .max_union = s.max_union,
         .type = c->type, .scale = (float)s.scale, .all = c->mask == ALL,
     };
+    if (c->split > 0) {
+        struct keel_attention_params call[2] = { p, p };
+        call[0].n_tokens = call[1].first = (uint32_t)c->split;
+        call[1].n_tokens = (uint32_t)(c->T - c->split);
+        call[1].max_union *= 2; // its groups of tokens are others
+        op_run(t, record_fwd_split, call);
+        return;
+    }
     op_run(t, record_fwd, &p);
     if (c->chunk == 0) {
         check_p(t, &s, c, op_result(t, p.p), budget_p);
@@ -439,6 +455,24 @@ static void test_chunks(void **state)
     op_end(t);
 }
 
+// Groups of tokens that begin anywhere, as sequences that are continued together do: nothing may be bound from there on.
+static void test_split(void **state)
+{
+    struct op_test *t = *state;
+    static const int splits[] = { 1, 2, 7, 18 };
+    for (int mask = 0; mask < N_MASKS; mask++) {
+        for (size_t i = 0; i < KEEL_COUNT(splits); i++) {
+            struct att_case c = { .mask = (enum mask_kind)mask, .T = 20, .H = 2, .G = 1, .d = 12, .split = splits[i], .chunk = i == 2 ? 4 : 0 };
+            if (mask == RING) {
+                c.R = 30;
+                c.first = 2 * c.R - 3;
+            }
+            fwd_case(t, &c);
+        }
+    }
+    op_end(t);
+}
+
 // Patches of an image: heads and numbers of keys that the faster kernels take and some that they do not, more tokens than eight
 // lanes work on, scratch for some of them.
 static void test_all(void **state)
@@ -520,7 +554,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_fwd),    cmocka_unit_test(test_ring),  cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_bwd),    cmocka_unit_test(test_bwd_chunks), cmocka_unit_test(test_slope),
-        cmocka_unit_test(test_all),    cmocka_unit_test(test_packed),
+        cmocka_unit_test(test_all),    cmocka_unit_test(test_packed), cmocka_unit_test(test_split),
     };
     return op_main("op_attention", tests);
 }

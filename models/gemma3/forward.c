@@ -142,21 +142,17 @@ static void heads(const struct keel_pass *p, uint32_t layer)
     keel_heads(p->rec, &h);
 }
 
-static struct keel_span rows_of(struct keel_span s, uint32_t t0, uint32_t n, uint32_t row_bytes)
-{
-    return keel_span_sub(s, (uint64_t)t0 * row_bytes, (uint64_t)n * row_bytes);
-}
-
 void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct keel_batch_group *g)
 {
     const struct keel_gemma3 *c = &p->model->cfg;
     const struct keel_acts *a = p->acts;
-    const uint32_t kind = c->kind[layer], q_row = keel_q_width(c) * 4, kv_row = keel_kv_width(c) * 4;
+    const uint32_t kind = c->kind[layer];
     struct keel_attention_params at = {
-        .q = rows_of(a->qr, g->t0, g->n, q_row),
-        .o = rows_of(a->o, g->t0, g->n, q_row),
-        .spans = rows_of(p->batch->spans[kind], g->t0, g->n, sizeof(struct keel_token_span)),
+        .q = a->qr,
+        .o = a->o,
+        .spans = p->batch->spans[kind],
         .p = a->p,
+        .first = g->t0,
         .n_tokens = g->n,
         .n_heads = c->n_heads,
         .n_kv_heads = c->n_kv_heads,
@@ -175,8 +171,9 @@ void keel_pass_attention(const struct keel_pass *p, uint32_t layer, const struct
         at.kv_rows = p->kv->rows[kind];
         at.type = p->kv->type;
     } else {
-        at.k = rows_of(a->kr, g->t0, g->n, kv_row);
-        at.v = rows_of(a->v, g->t0, g->n, kv_row);
+        KEEL_ASSERT(g->t0 == 0); // only cached sequences stand in groups of their own
+        at.k = a->kr;
+        at.v = a->v;
         at.kv_rows = g->n;
     }
     keel_attention(p->rec, &at);

@@ -87,7 +87,7 @@ void keel_device_choose(keel_device *dev, uint32_t slot, uint8_t choice);
 enum keel_access { KEEL_READ, KEEL_WRITE, KEEL_READ_WRITE };
 
 struct keel_bind {
-    struct keel_span span; // offset a multiple of caps.offset_align, bytes at most caps.max_range
+    struct keel_span span; // offset a multiple of 256, bytes at most caps.max_range
     enum keel_access access;
 };
 

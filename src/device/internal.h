@@ -20,6 +20,7 @@
 // --- objects -------------------------------------------------------------------------------------
 
 #define TEXEL_BYTES 16u // four 32-bit numbers
+#define SPAN_ALIGN 256u // largest minStorageBufferOffsetAlignment that Vulkan allows
 
 // A part of a buffer as texels, made when a shader first reads it so; lives as long as its block.
 struct texel_view {

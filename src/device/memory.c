@@ -9,7 +9,6 @@
 
 #define MIB (1024ull * 1024)
 #define LARGE (8 * MIB) // spans from here on share no block
-#define SPAN_ALIGN 256u // largest minStorageBufferOffsetAlignment that Vulkan allows
 #define LOCAL VK_MEMORY_PROPERTY_DEVICE_LOCAL_BIT
 #define VISIBLE VK_MEMORY_PROPERTY_HOST_VISIBLE_BIT
 #define COHERENT VK_MEMORY_PROPERTY_HOST_COHERENT_BIT

@@ -394,10 +394,11 @@ static keel_status check_binds(keel_device *dev, const struct keel_dispatch *d)
             KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): binding %" PRIu32 " is %s", d->label, d->shader->name, i,
                       !s.block || s.bytes == 0 ? "empty" : "larger than its memory");
         }
-        if (s.offset % c->offset_align != 0 || s.bytes > c->max_range) {
-            KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): binding %" PRIu32 " at offset %" PRIu64 " with %" PRIu64 " bytes; %s wants "
-                      "a multiple of %" PRIu32 " and at most %" PRIu64 " bytes", d->label, d->shader->name, i, s.offset, s.bytes, c->name,
-                      c->offset_align, c->max_range);
+        // On every device what the strictest asks for, so that a mistake is seen on all.
+        if (s.offset % SPAN_ALIGN != 0 || s.bytes > c->max_range) {
+            KEEL_FAIL(dev->log, KEEL_ERR_ARG, "%s (shader %s): binding %" PRIu32 " at offset %" PRIu64 " with %" PRIu64 " bytes; wanted is "
+                      "a multiple of %u and, on %s, at most %" PRIu64 " bytes", d->label, d->shader->name, i, s.offset, s.bytes,
+                      SPAN_ALIGN, c->name, c->max_range);
         }
     }
     if (d->groups[0] > c->max_groups || d->groups[1] > GROUPS_MOST || d->groups[2] > GROUPS_MOST) {

@@ -141,8 +141,8 @@ void keel_attention(keel_recorder *rec, const struct keel_attention_params *p)
     for (uint32_t t = 0; t < p->n_tokens; t += chunk) {
         const uint32_t n = KEEL_MIN(chunk, p->n_tokens - t);
         struct attention_pc pc = {
-            .n_tokens = p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
-            .kv_rows = p->kv_rows, .t0 = t, .p_rows = n, .p_cols = p->max_span, .scale = p->scale,
+            .n_tokens = p->first + p->n_tokens, .n_heads = p->n_heads, .n_kv_heads = p->n_kv_heads, .head_dim = p->head_dim,
+            .kv_rows = p->kv_rows, .t0 = p->first + t, .p_rows = n, .p_cols = p->max_span, .scale = p->scale,
         };
         if (all) {
             record_scores_all(rec, pc, p);

@@ -217,11 +217,12 @@ struct keel_token_span {
 //   max_span: at least the largest hi - lo; max_union: at least the largest (max hi - min lo) over aligned groups of
 //   KEEL_ATTENTION_GROUP tokens.
 //   type: of k and v.
+//   first: the n_tokens from this one on are computed, the others left alone; q, o and spans begin at token 0.
 //   all: every token sees cache rows [0, kv_rows), and max_span is kv_rows: patches of an image. There is a faster way for that.
 #define KEEL_ATTENTION_GROUP 4
 struct keel_attention_params {
     struct keel_span q, k, v, spans, o, p;
-    uint32_t n_tokens, n_heads, n_kv_heads, head_dim, kv_rows;
+    uint32_t first, n_tokens, n_heads, n_kv_heads, head_dim, kv_rows;
     uint32_t max_span, max_union;
     enum keel_dtype type;
     float scale;
