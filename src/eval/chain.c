@@ -101,16 +101,31 @@ const struct keel_stage *keel_chain_find(const struct keel_chain *c, const char 
     return NULL;
 }
 
+// Stages from one back to the base model, put in `path` unless it is NULL.
+static size_t way_back(const struct keel_chain *c, const struct keel_stage *s, const struct keel_stage **path)
+{
+    size_t n = 0;
+    for (; s && n < c->n; s = keel_chain_find(c, s->from)) {
+        if (path) {
+            path[n] = s;
+        }
+        n++;
+    }
+    return n;
+}
+
 size_t keel_chain_path(const struct keel_chain *c, const struct keel_stage **path)
 {
-    const struct keel_stage *s = NULL;
+    const struct keel_stage *end = NULL;
     size_t n = 0;
     for (size_t i = 0; i < c->n; i++) {
-        s = strcmp(c->at[i].kind, "train") == 0 && c->at[i].sweep.n > 0 ? &c->at[i] : s;
+        const struct keel_stage *s = &c->at[i];
+        if (strcmp(s->kind, "train") == 0 && s->sweep.n > 0 && way_back(c, s, NULL) > n) {
+            end = s;
+            n = way_back(c, s, NULL);
+        }
     }
-    for (; s && n < c->n; s = keel_chain_find(c, s->from)) {
-        path[n++] = s;
-    }
+    way_back(c, end, path);
     for (size_t i = 0; i < n / 2; i++) {
         const struct keel_stage *keep = path[i];
         path[i] = path[n - 1 - i];

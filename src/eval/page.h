@@ -127,7 +127,7 @@ keel_status keel_chain_write(const struct keel_chain *c, const char *dir, const 
 const struct keel_setting *keel_chain_setting(const struct keel_chain *c, const struct keel_stage *s);
 const struct keel_setting *keel_chain_first(const struct keel_chain *c); // of the first stage that is done: never NULL
 const struct keel_stage *keel_chain_find(const struct keel_chain *c, const char *name); // NULL if there is none
-// The trainings that lead to the last one, first to last. Returns how many; `path` holds c->n.
+// The longest chain of trainings, first to last; of equals that whose last comes first. Returns how many; `path` holds c->n.
 size_t keel_chain_path(const struct keel_chain *c, const struct keel_stage **path);
 // What run `k` of a stage cost, and where its watched training ended.
 struct keel_stage_cost {
