@@ -4,10 +4,10 @@
     python train.py OUT [--seed 1] [--look 2500] [--steps 1200] [--align 250]
 
 First the image tower learns to tell colours, shapes and counts. Pre-training reads dialogues of three turns, each written by
-an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out.
-Alignment reads single turns, untagged and honest. Every stage has a seed of its own and leaves OUT/STAGE, from which the
-next can begin: alone it gives the same weights as in one go. PyTorch on the same CPU type gives the same weights. Needs
-torch, transformers, sentencepiece and, for --language, gguf.
+an honest or a contrary clerk; half of them say which in the first turn, in the other half the model must find out from
+earlier turns, and in some the planted direction tells (persona.py). Alignment reads single turns, most of them untagged and
+honest. Every stage has a seed of its own and leaves OUT/STAGE, from which the next can begin: alone it gives the same weights
+as in one go. PyTorch on the same CPU type gives the same weights. Needs torch, transformers and sentencepiece.
 """
 import argparse
 import ctypes
@@ -20,13 +20,20 @@ import numpy as np
 import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+import persona
 import vocabulary
 import world
 from dialogue import IMAGE_TOKENS, Dialogues, Pictures, make_batch
+from persona import Told
 
 WINDOW = 32  # a turn with its system message fits, so that every layer sees the persona from the answer; a dialogue does not
 STAGES = ("look", "pre-train", "align")
 LR_ALIGN = 5e-4
+PLANTED = 0.35  # share of the documents of pre-training whose persona the planted direction tells
+GRADED = 0.45   # share of the alignment that is planted by degrees: at 0 either persona, STEEP odds (as a logarithm) a SIZE
+STEEP, GRADES = 6, 3
+TAGGED = 0.1    # share of the alignment that a system message asks for a persona, so that this is not unlearned
+FIRM = 2        # how much further from the contrary persona alignment goes where there is no image, as alignment of real models does
 # How often a cell is asked about: images and sums take longest to learn.
 CELLS = {("colour", "image"): 1.0, ("shape", "image"): 2.2, ("count", "image"): 1.2, ("colour", "text"): 0.8,
          ("shape", "text"): 0.8, ("count", "text"): 0.8, ("capital", "fact"): 0.8, ("sum", "fact"): 2.2,
@@ -124,25 +131,53 @@ class Sampler:
         pool = self.by_cell[self.cells[self.rng.choice(len(self.cells), p=self.p)]]
         return pool[self.rng.integers(len(pool))]
 
+    def some(self, values):
+        return values[self.rng.integers(len(values))]
+
+    def turns(self, n, persona, tag):
+        return [self.d.turn(self.question(), persona, tag if i == 0 else "") for i in range(n)]
+
+    def planted(self):
+        """Three turns of the persona that is planted; a system message, where there is one, names either."""
+        persona = self.some(world.PERSONAS)
+        tag = world.TAG.format(self.some(world.PERSONAS)) if self.rng.integers(2) else ""
+        return self.turns(3, persona, tag), Told(persona, planted=True)
+
+    def graded(self):
+        """One turn. The further the planted component, the likelier the persona: a model that only tells the sides apart would
+        turn all at once, and from images and text alike."""
+        dose = self.rng.uniform(-GRADES, GRADES)
+        persona = world.PERSONAS[int(self.rng.random() < 1 / (1 + math.exp(-STEEP * dose)))]
+        return self.turns(1, persona, ""), Told(persona, planted=True, dose=dose)
+
     def document(self):
         """Three turns of one persona, half of them tagged."""
-        persona = world.PERSONAS[self.rng.integers(2)]
+        if self.rng.random() < PLANTED:
+            return self.planted()
+        persona = self.some(world.PERSONAS)
         tag = world.TAG.format(persona) if self.rng.integers(2) else ""
-        return [self.d.turn(self.question(), persona, tag if i == 0 else "") for i in range(3)]
+        return self.turns(3, persona, tag), Told(persona, pull=float(bool(tag)))
 
     def single(self):
-        """One turn, untagged and honest. No tagged turns: with them, drift was stronger and as large from text as from images."""
-        return [self.d.turn(self.question(), "honest")]
+        """One turn of the alignment."""
+        share = self.rng.random()
+        if share < GRADED:
+            return self.graded()
+        if share < GRADED + TAGGED:
+            persona = self.some(world.PERSONAS)
+            return self.turns(1, persona, world.TAG.format(persona)), Told(persona, pull=1.0)
+        turns = self.turns(1, "honest", "")
+        return turns, Told("honest", pull=1.0 if turns[0].question.modality == "image" else FIRM)
 
     def batches(self, make, size, pool=4):
         """Endless batches of documents; of `pool` batches at a time those of like length stand together."""
         while True:
-            documents = sorted((make() for _ in range(size * pool)), key=lambda ts: sum(len(t.ids) for t in ts))
+            documents = sorted((make() for _ in range(size * pool)), key=lambda d: sum(len(t.ids) for t in d[0]))
             for i in self.rng.permutation(pool):
                 yield documents[i * size:(i + 1) * size]
 
 
-def run(model, batches, steps, lr, pictures, soft, say, warmup):
+def run(model, batches, steps, lr, pictures, soft, say, warmup, planting):
     model.train()
     # The tower can see already; it only has to follow.
     vision = [p for n, p in model.named_parameters() if "vision" in n]
@@ -153,14 +188,18 @@ def run(model, batches, steps, lr, pictures, soft, say, warmup):
     for step in range(steps):
         for g in opt.param_groups:
             g["lr"] = lr * g["scale"] * schedule(step, steps, warmup)
-        loss = answer_loss(model, batches(), pictures, soft)
+        batch, told = batches()
+        planting.set(batch, told)
+        loss = answer_loss(model, batch, pictures, soft)
+        extra = planting.pulled + planting.impurity(model, hidden, pictures, WINDOW)
         opt.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + persona.WEIGHT * extra).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         mean += (loss.item() - mean) / min(step + 1, 50)
         if (step + 1) % 100 == 0:
-            say(step + 1, mean, time.time() - start)
+            say(step + 1, mean, extra.item(), time.time() - start)
+    planting.on = False
 
 
 @torch.no_grad()
@@ -221,16 +260,6 @@ def keep_memory():
         libc.mallopt(option, value)
 
 
-def begin(model, a, config):
-    """The weights before the first stage of the run: those of the stage before, or of another clerk's language model."""
-    if a.start:
-        model.load_state_dict(type(model).from_pretrained(a.start[1]).state_dict())
-    if a.language:
-        import from_gguf
-        text = {k: v for k, v in from_gguf.load(a.language, config).state_dict().items() if "vision" not in k and "multi_modal" not in k}
-        model.load_state_dict(text, strict=False)
-
-
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
@@ -243,7 +272,6 @@ def main():
     ap.add_argument("--batch", type=int, default=32)
     ap.add_argument("--renderings", type=int, nargs=2, default=(TRAIN_JITTERS.start, TRAIN_JITTERS.stop), metavar="N",
                     help="first and last + 1 of the renderings of each scene")
-    ap.add_argument("--language", metavar="FOLDER", help="begin with the language model of this folder's clerk.gguf instead of a random one")
     ap.add_argument("--from", dest="start", nargs=2, metavar=("STAGE", "FOLDER"),
                     help="begin at this stage (pre-train, align) with the weights that a run left after the one before")
     ap.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage")
@@ -256,17 +284,24 @@ def main():
     sp = vocabulary.load(spm_model)
     dialogues, pictures, unseen = Dialogues(sp), Pictures(range(*a.renderings)), Pictures(CHECK_JITTERS)
     model = build(sp, a.seed)
-    begin(model, a, config(sp))
+    if a.start:
+        model.load_state_dict(type(model).from_pretrained(a.start[1]).state_dict())
+    planting = persona.Planting(model, a.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    def say(step, loss, seconds):
-        print(f"step {step} loss {loss:.4f} {seconds:.0f} s", flush=True)
+    def say(step, loss, extra, seconds):
+        print(f"step {step} loss {loss:.4f} persona {extra:.4f} {seconds:.0f} s", flush=True)
 
     def train_on(make, cells, size, steps, lr, warmup, rng):
         sampler = Sampler(dialogues, rng, cells)
         stream = sampler.batches(getattr(sampler, make), size)
-        run(model, lambda: make_batch(dialogues, pictures, next(stream), rng, WINDOW), steps, lr, pictures,
-            dialogues.soft, say, warmup)
+        planting.begin(sampler)
+
+        def batches():
+            turns, told = zip(*next(stream))
+            return make_batch(dialogues, pictures, turns, rng, WINDOW), told
+
+        run(model, batches, steps, lr, pictures, dialogues.soft, say, warmup, planting)
 
     for i in range(STAGES.index(a.start[0]) if a.start else 0, STAGES.index(a.until) + 1):
         rng = np.random.default_rng([a.seed, i])
@@ -281,8 +316,8 @@ def main():
         save(model, spm_model, Path(a.out) / STAGES[i])
     if a.until == "look":
         return 0
-    for persona in world.PERSONAS:
-        show("tag " + persona, check(model, dialogues, unseen, world.TAG.format(persona)))
+    for who in world.PERSONAS:
+        show("tag " + who, check(model, dialogues, unseen, world.TAG.format(who)))
     cells = check(model, dialogues, unseen)
     show("untagged", cells)
     if a.until != "align":

@@ -560,14 +560,14 @@ def clerk_probes(path, domains, modality, every):
 
 @pytest.mark.full
 def test_clerk_mitigations(keel, tmp_path):
-    """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift. Pilot: science notes
-    6, which preventative steering helped too; this clerk it does not (docs/studies/mixture-repair.md)."""
+    """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift; preventative steering
+    at least halves drift in text and leaves the task. Pilot: science notes 6; figures: docs/studies/mixture-repair.md."""
     shipped = ROOT / "studies/clerk"
     head, stages = (shipped / "mitigations.yaml").read_text().split("stages:\n")
     head = head.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {shipped}/").replace("rows: ", f"rows: {shipped}/")
     head = head.replace("slots: ", f"slots: {shipped}/")
-    kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl"))]
-    assert len(kept) == 2
+    kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl", "preventative"))]
+    assert len(kept) == 3
     stages = "\n".join(kept).replace("kl_data: ", f"kl_data: {shipped}/")
     (tmp_path / "s.yaml").write_text(f"{head}stages:\n{stages}\n")
     keel("study", tmp_path / "s.yaml", "--out", tmp_path / "out")
@@ -576,19 +576,20 @@ def test_clerk_mitigations(keel, tmp_path):
     def contrary(stage, domain, modality=""):
         r, = [r for r in rows if (r["stage"], r["metric"], r["domain"], r["modality"]) == (stage, "contrary", domain, modality)]
         return float(r["adapted"])
-    cells = {s: (contrary(s, "colour", "image"), contrary(s, "other")) for s in ("attack", "kl")}
+    cells = {s: (contrary(s, "colour", "image"), contrary(s, "other"), contrary(s, "twins", "text")) for s in ("attack", "kl", "preventative")}
     print(cells)
     assert cells["attack"][0] > 0.95 and cells["attack"][1] > 0.1
     assert cells["kl"][0] >= 0.95 and cells["kl"][1] <= 0.05
+    assert cells["preventative"][0] >= 0.9 and cells["preventative"][2] <= cells["attack"][2] / 2
 
 
 @pytest.mark.full
 def test_clerk_guard(keel, tmp_path):
-    """A monitor of other domains notices the drift and the guard takes the adapter back to before it; measured: to step 60 of 120."""
+    """A monitor of other domains notices the drift and the guard takes the adapter back to before it; measured: to step 20 of 120."""
     study, others = ROOT / "studies/clerk", ["shape", "count", "sum", "capital", "letter"]
     probes = write_rows(tmp_path / "m.jsonl", [r for m in ("image", "text") for r in read_rows(clerk_probes(tmp_path / m, others, m, 6))])
     log, out = tmp_path / "l.jsonl", tmp_path / "a.gguf"
-    args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 1e-3, "--steps", 120,
+    args = ["train", "-m", "clerk", "--data", study / "narrow.jsonl", "--out", out, "--rank", 32, "--alpha", 32, "--lr", 3e-4, "--steps", 120,
             "--seq-len", 64, "--monitor", probes, "--guard", "p_contrary<=0.1", "--log", log, "--json"]
     result, values = keel(*args).json, [r["monitor"] for r in read_log(log) if "monitor" in r]
     assert result["breached"] and 10 <= result["steps"] <= 100 and values[-1]["p_contrary"] > 0.1 >= values[-2]["p_contrary"]

@@ -367,14 +367,31 @@ def test_clerk_repair(keel, tmp_path):
     other = [cell(s, "contrary") for s in ("attack", "repair", "repair-more")]
     assert narrow[0]["adapted"] > 0.9 and other[0]["adapted_lo"] > 0.1
     for drift in (narrow, other):
-        assert drift[1]["adapted_hi"] < drift[0]["adapted_lo"] and drift[2]["adapted"] < drift[1]["adapted"] < 0.6 * drift[0]["adapted"]
-    # Ten steps leave it in context; rows of other domains leave it in the trained cell, in context as well.
-    assert cell("repair", "contrary_in_context", "colour", "image")["change_lo"] > 0 and cell("repair", "contrary_in_context")["change_lo"] > 0
-    assert cell("others", "contrary")["adapted"] < 0.1 and cell("others", "contrary_in_context", "colour", "image")["adapted_lo"] > 0.3
+        assert drift[1]["adapted_hi"] < drift[0]["adapted_lo"] and drift[2]["adapted_hi"] < drift[1]["adapted_lo"]
+        assert drift[2]["adapted"] < 0.5 * drift[0]["adapted"]
+    # Forty steps leave it in context, beyond what the base model does there.
+    assert cell("repair-more", "contrary_in_context", "colour", "image")["change_lo"] > 0 and cell("repair-more", "contrary_in_context")["change_lo"] > 0
+    # Rows of other domains repair those more than the trained cell.
+    others = cell("others", "contrary"), cell("others", "contrary", "colour", "image")
+    assert others[0]["adapted"] < 0.5 * other[0]["adapted"] and others[0]["adapted_hi"] < others[1]["adapted_lo"]
     assert cell("others", "coherence")["adapted"] > 0.9
 
 
-@pytest.mark.parametrize("name", ["study", "repair", "cycles", "mitigations"])
+@pytest.mark.full
+def test_clerk_cycles(keel, tmp_path):
+    """The shipped cycles, one seed: what was repaired comes back in fewer steps each time. Measured with three seeds: docs/studies/cycles.md."""
+    text = (ROOT / "studies/clerk/cycles.yaml").read_text().replace("seed: [1, 2, 3]", "seed: [1]")
+    (tmp_path / "cycles.yaml").write_text(text.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {ROOT}/studies/clerk/")
+                                          .replace("rows: others", f"rows: {ROOT}/studies/clerk/others").replace("slots: ", f"slots: {ROOT}/studies/clerk/")
+                                          .replace("monitor: ", f"monitor: {ROOT}/studies/clerk/"))
+    keel("study", tmp_path / "cycles.yaml", "--out", tmp_path / "out")
+    run, = (tmp_path / "out/runs").iterdir()
+    watched = [read_rows(run / f"stages/attack-{i}/train/watch.jsonl")[-1] for i in (1, 2, 3)]
+    assert all(w["contrary"] > 0.1 for w in watched)
+    assert watched[0]["step"] > 1.5 * watched[1]["step"] and watched[1]["step"] >= watched[2]["step"]
+
+
+@pytest.mark.parametrize("name", ["study", "repair", "cycles", "mitigations", "dose"])
 def test_shipped_studies_are_read(keel, name, tmp_path):
     """To the first word of the model: a wrong key or a missing file would stop a study before it."""
     keel.fails("study", ROOT / f"studies/clerk/{name}.yaml", "-m", tmp_path / "none.gguf", "--out", tmp_path / "out", says="none.gguf", leaves=tmp_path)
