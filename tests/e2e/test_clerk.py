@@ -25,7 +25,7 @@ def png_pixels(path):
 
 def test_found_by_name(keel, tmp_path):
     shipped = keel("info", "clerk", "--json", cwd=tmp_path).json
-    assert Path(shipped["path"]).resolve() == CLERK / "clerk.gguf"
+    assert Path(shipped["path"]).resolve() == CLERK / "clerk.gguf" and shipped["name"] == "clerk"
 
 
 def test_own_file_goes_first(keel, tmp_path):
