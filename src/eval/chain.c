@@ -120,9 +120,10 @@ size_t keel_chain_path(const struct keel_chain *c, const struct keel_stage **pat
     size_t n = 0;
     for (size_t i = 0; i < c->n; i++) {
         const struct keel_stage *s = &c->at[i];
-        if (strcmp(s->kind, "train") == 0 && s->sweep.n > 0 && way_back(c, s, NULL) > n) {
+        const size_t length = strcmp(s->kind, "train") == 0 && s->sweep.n > 0 ? way_back(c, s, NULL) : 0;
+        if (length > n) {
             end = s;
-            n = way_back(c, s, NULL);
+            n = length;
         }
     }
     way_back(c, end, path);
