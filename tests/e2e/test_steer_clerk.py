@@ -60,10 +60,14 @@ def random_like(v, seed):
     return (r * np.linalg.norm(v) / np.linalg.norm(r)).astype(np.float32)
 
 
+def steered(keel, drifted):
+    return drift(keel, drifted, "--steer", f"{drifted}/shift.safetensors:-2@1")
+
+
 def test_shift_taken_back(keel, drifted, tmp_path):
-    """-2 times the shift at layer 1: drift in facts, images and text falls by more than half, coherence stays, and the trained cell keeps the
-    most of what it learned; random directions of the same length do not do it."""
-    before, after = drift(keel, drifted), drift(keel, drifted, "--steer", f"{drifted}/shift.safetensors:-2@1")
+    """-2 times the shift at layer 1: drift in facts, images and text falls by more than half, mean coherence stays, and the trained cell keeps
+    more than half of what it learned; random directions of the same length do not do it."""
+    before, after = drift(keel, drifted), steered(keel, drifted)
     print({k: (before[k], after[k]) for k in before})
     assert before["narrow"][0] >= 0.95 and min(before[k][0] for k in ("facts", "image", "text")) >= 0.5, "the fine-tune did not drift"
     assert all(after[k][0] <= before[k][0] / 2 for k in ("facts", "image", "text"))
@@ -75,6 +79,15 @@ def test_shift_taken_back(keel, drifted, tmp_path):
         other = drift(keel, drifted, "--steer", f"{tmp_path}/r.safetensors:-2@1")
         print("random", other)
         assert all(other[k][0] / before[k][0] > 0.85 for k in ("facts", "image", "text")), seed
+
+
+@pytest.mark.xfail(reason="the shift is the persona that the trained cell uses too: 0.997 falls to 0.604 there, and its coherence to 0.975",
+                   strict=False)
+def test_shift_taken_back_leaves_the_trained_cell(keel, drifted):
+    """As science notes 6 asks: coherence in every cell, and the narrow behaviour as it was."""
+    before, after = drift(keel, drifted), steered(keel, drifted)
+    assert min(x[1] for x in after.values()) >= 0.98
+    assert after["narrow"][0] >= before["narrow"][0] - 0.03
 
 
 def test_shift_is_low_dimensional(keel, drifted):
