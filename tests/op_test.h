@@ -6,7 +6,8 @@
 // added to; each case runs twice and must give the same bits; inputs must come back unchanged.
 //
 // Environment: KEEL_TEST_SEED (default 1), KEEL_TEST_PROFILES (default "none,min,rpi"), KEEL_TEST_DEVICE (default "0"),
-// KEEL_TEST_FULL=1 for the larger grid, KEEL_TEST_ONLY: a test's name, with * for any letters.
+// KEEL_TEST_FULL=1 for the larger grid, KEEL_TEST_ONLY: a test's name, with * for any letters, KEEL_TEST_EVERY=N: one case in N, where
+// a case asks op_left_out() (an emulated processor compiles a pipeline in seconds).
 #ifndef KEEL_OP_TEST_H
 #define KEEL_OP_TEST_H
 
@@ -38,6 +39,8 @@ struct keel_rng *op_rng(struct op_test *t);
 
 // Starts a case: forgets the buffers and memory of the one before, seeds the generator from KEEL_TEST_SEED and the label.
 void op_begin(struct op_test *t, const char *label, ...) __attribute__((format(printf, 2, 3)));
+// True for the cases that KEEL_TEST_EVERY leaves out; the same ones on every run, and never a test function's first. To be asked after op_begin().
+bool op_left_out(struct op_test *t);
 // Ends a test function: prints how many cases ran and the worst error in % of its budget; fails if any case failed.
 void op_end(struct op_test *t);
 // Marks the current case as failed.
