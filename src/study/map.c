@@ -70,36 +70,76 @@ static void dose_words(char out[4200], const struct study_stage *stage, const st
     snprintf(out, 4200, "%.*s:%g%s@%u%s", (int)file, words, d->coef, stage->percent ? "%" : "", d->layer, words + file);
 }
 
-// One cell of the map; without a dose the state as it is.
-static keel_status measure(struct study *s, const struct keel_measure *m, const struct study_folder *folder, const struct study_stage *stage,
-                           struct study_state *state, const struct dose *dose)
+struct map_run {
+    struct study *s;
+    const struct study_folder *folder;
+    const struct study_stage *stage;
+    struct study_state *state;
+    struct keel_measure m;
+    uint32_t cell, n_cells; // of those without a record file
+};
+
+static bool map_tokens(void *user, uint64_t done, uint64_t total)
+{
+    const struct map_run *r = user;
+    return keel_study_tokens(r->s, r->cell * total + done, r->n_cells * total);
+}
+
+// The record file of a cell; without a dose of the state as it is.
+static void cell_path(char out[4200], const struct map_run *r, const struct dose *d)
+{
+    char rel[96] = "map/unsteered.jsonl";
+    if (d) {
+        snprintf(rel, sizeof rel, "map/layer-%u_coef-%g.jsonl", d->layer, d->coef);
+    }
+    keel_study_path(out, r->folder->path, rel);
+}
+
+static keel_status measure_cell(struct map_run *r, const struct dose *d)
 {
     keel_status st = KEEL_OK;
-    const struct keel_measure_slots how = { .max_rows = stage->map.probes, .seed = s->file->seed };
-    char rel[96] = "map/unsteered.jsonl", from[4200], to[4200], words[4200], *list[] = { words };
+    const struct keel_measure_slots how = { .max_rows = r->stage->map.probes, .seed = r->s->file->seed };
+    char from[4200], to[4200], words[4200], *list[] = { words };
     keel_hooks *hooks = NULL;
-    if (dose) {
-        snprintf(rel, sizeof rel, "map/layer-%u_coef-%g.jsonl", dose->layer, dose->coef);
-        dose_words(words, stage, dose);
-        state->steer = list;
-        state->n_steer = 1;
-    }
-    keel_study_path(to, folder->path, rel);
-    keel_study_path(from, s->folder, s->file->eval.slots);
+    cell_path(to, r, d);
     if (keel_path_exists(to)) {
-        goto out;
+        return KEEL_OK;
     }
-    KEEL_TRY(keel_study_hooks(s, state, &hooks));
-    KEEL_TRY(keel_session_set_hooks(m->session, hooks));
-    KEEL_TRY(keel_measure_slots(m, from, to, &how));
-    KEEL_TRY(keel_session_set_hooks(m->session, NULL));
+    if (d) {
+        dose_words(words, r->stage, d);
+        r->state->steer = list;
+        r->state->n_steer = 1;
+    }
+    keel_study_path(from, r->s->folder, r->s->file->eval.slots);
+    KEEL_TRY(keel_study_hooks(r->s, r->state, &hooks));
+    KEEL_TRY(keel_session_set_hooks(r->m.session, hooks));
+    KEEL_TRY(keel_measure_slots(&r->m, from, to, &how));
+    r->cell++;
 out:
-    state->steer = NULL;
-    state->n_steer = 0;
-    if (st != KEEL_OK) {
-        keel_session_set_hooks(m->session, NULL);
-    }
+    r->state->steer = NULL;
+    r->state->n_steer = 0;
+    const keel_status off = keel_session_set_hooks(r->m.session, NULL);
     keel_hooks_destroy(&hooks);
+    return st == KEEL_OK ? off : st;
+}
+
+static keel_status count_cell(struct map_run *r, const struct dose *d)
+{
+    char path[4200];
+    cell_path(path, r, d);
+    r->n_cells += !keel_path_exists(path);
+    return KEEL_OK;
+}
+
+// All cells of the map, the one without a dose first.
+static keel_status each_cell(struct map_run *r, const uint8_t *use, uint32_t n_layers, keel_status (*visit)(struct map_run *, const struct dose *))
+{
+    keel_status st = visit(r, NULL);
+    for (uint32_t layer = 0; layer < n_layers; layer++) {
+        for (unsigned k = 0; st == KEEL_OK && use[layer] && k < r->stage->map.n_coef; k++) {
+            st = visit(r, &(struct dose){ r->stage->map.coef[k], layer });
+        }
+    }
     return st;
 }
 
@@ -135,14 +175,11 @@ keel_status keel_study_map(struct study *s, struct study_folder *folder, const s
     KEEL_TRY(keel_study_folder_save(folder));
     keel_device_reset_peak(s->dev);
     KEEL_TRY(keel_study_session(s, state, &session, &none));
-    const struct keel_measure m = { session, s->model, s->images, s->file->eval.chat, keel_study_tokens, s, s->log };
+    struct map_run run = { .s = s, .folder = folder, .stage = stage, .state = state };
+    run.m = (struct keel_measure){ session, s->model, s->images, s->file->eval.chat, map_tokens, &run, s->log };
     s->stage = "map";
-    KEEL_TRY(measure(s, &m, folder, stage, state, NULL));
-    for (uint32_t layer = 0; layer < n_layers; layer++) {
-        for (unsigned k = 0; use[layer] && k < stage->map.n_coef; k++) {
-            KEEL_TRY(measure(s, &m, folder, stage, state, &(struct dose){ stage->map.coef[k], layer }));
-        }
-    }
+    KEEL_TRY(each_cell(&run, use, n_layers, count_cell));
+    KEEL_TRY(each_cell(&run, use, n_layers, measure_cell));
     KEEL_TRY(keel_study_folder_mark(folder, "map", t0, s->dev));
 out:
     keel_session_destroy(&session);
