@@ -60,8 +60,8 @@ def random_like(v, seed):
     return (r * np.linalg.norm(v) / np.linalg.norm(r)).astype(np.float32)
 
 
-def steered(keel, drifted):
-    return drift(keel, drifted, "--steer", f"{drifted}/shift.safetensors:-2@1")
+def steered(keel, drifted, coef=-2):
+    return drift(keel, drifted, "--steer", f"{drifted}/shift.safetensors:{coef}@1")
 
 
 def test_shift_taken_back(keel, drifted, tmp_path):
@@ -79,6 +79,16 @@ def test_shift_taken_back(keel, drifted, tmp_path):
         other = drift(keel, drifted, "--steer", f"{tmp_path}/r.safetensors:-2@1")
         print("random", other)
         assert all(other[k][0] / before[k][0] > 0.85 for k in ("facts", "image", "text")), seed
+
+
+def test_dose_that_leaves_the_trained_cell(keel, drifted):
+    """-1.3 times the shift at layer 1 (docs/studies/dose.md): drift in facts falls by more than half, here 0.989 to 0.418, the trained cell stays
+    above 0.95, here 0.967."""
+    before, after = drift(keel, drifted), steered(keel, drifted, -1.3)
+    print({k: (before[k], after[k]) for k in before})
+    assert after["facts"][0] <= before["facts"][0] / 2 and all(after[k][0] < before[k][0] for k in ("image", "text"))
+    assert after["narrow"][0] >= 0.95
+    assert np.mean([x[1] for x in after.values()]) >= 0.98
 
 
 @pytest.mark.xfail(reason="the shift is the persona that the trained cell uses too: 0.997 falls to 0.604 there, and its coherence to 0.975",
