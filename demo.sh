@@ -17,7 +17,7 @@ if [ "${1:-}" = --gemma ]; then
     shift
 fi
 need_packages "${BUILD_PACKAGES[@]}"
-build_keel build
+BUILD_TARGET=src/cli/keel build_keel build # without the tests
 model=()
 if [ "$out" = out/demo ]; then
     file=$(fetch_model)

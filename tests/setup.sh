@@ -28,13 +28,13 @@ need_packages() {
             --no-install-recommends "${missing[@]}"; }
 }
 
-# build_keel [FOLDER [meson options]]
+# build_keel [FOLDER [meson options]]; with BUILD_TARGET that target alone.
 build_keel() {
     local dir=${1:-build}
     shift || true
     say "building in $dir"
     [ -f "$dir/build.ninja" ] || meson setup "$dir" "$@"
-    meson compile -C "$dir"
+    meson compile -C "$dir" ${BUILD_TARGET:+"$BUILD_TARGET"}
 }
 
 # The Python packages named, in .venv.
