@@ -10,7 +10,7 @@
 #endif
 #include "linear/linear.h"
 
-layout(local_size_x_id = 0) in;                // 64
+layout(local_size_x_id = 0) in;                // 64, less for narrow matrices
 layout(constant_id = 1) const uint TOKENS = 1; // tokens a lane works on
 
 layout(push_constant) uniform Push { linear_pc pc; };
@@ -33,7 +33,7 @@ const uint ROWS = 1;
 
 void main()
 {
-    const uint c = gl_WorkGroupID.x * 64u + gl_LocalInvocationID.x; // group of 16 columns
+    const uint c = gl_WorkGroupID.x * gl_WorkGroupSize.x + gl_LocalInvocationID.x; // group of 16 columns
     const uint cc = min(c, pc.kb * 2u - 1u);
     const uint kb = cc >> 1, p = cc & 1u;
     const uint t0 = pc.t0 + gl_WorkGroupID.y * TOKENS;

@@ -307,7 +307,8 @@ static struct plan plan_bwd(const keel_recorder *rec, const struct keel_matrix *
     const bool exchange = use_exchange(rec, KEEL_FAMILY_MATMUL_BWD) && w->rows % 4 == 0; // dy as texels
     // 16 sums each: with more than four tokens a GPU spills registers.
     const uint32_t tokens = exchange && n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1;
-    return (struct plan){ .shader = sh->bwd[exchange], .tokens = tokens, .columns = LANES * 16, .n_spec = 2, .spec = { LANES, tokens } };
+    const uint32_t lanes = lanes_for(rec, keel_div_up(w->cols, 32) * 2);
+    return (struct plan){ .shader = sh->bwd[exchange], .tokens = tokens, .columns = lanes * 16, .n_spec = 2, .spec = { lanes, tokens } };
 }
 
 void keel_linear_bwd(keel_recorder *rec, const struct keel_linear_bwd_params *p)

@@ -8,6 +8,7 @@
 #include "variants.h"
 
 #include <assert.h>
+#include <string.h>
 
 #define LANES 64u // local size of every base shader: a multiple of 64 in x only (portability notes 0.3)
 
@@ -19,6 +20,19 @@ static inline bool use_exchange(const keel_recorder *rec, enum keel_family f)
 {
     return keel_variant_of(keel_recorder_device(rec), f) == KEEL_VARIANT_EXCHANGE;
 }
+static inline bool on_cpu(const keel_recorder *rec)
+{
+    return strcmp(keel_device_caps(keel_recorder_device(rec))->kind, "cpu") == 0;
+}
+
+// Local size for a shader that may be launched with less than LANES, where n lanes have work: whole subgroups, so that a CPU, which
+// works through idle lanes too, wastes few.
+static inline uint32_t lanes_for(const keel_recorder *rec, uint32_t n)
+{
+    const uint32_t unit = KEEL_MAX(keel_device_caps(keel_recorder_device(rec))->subgroup_size, 8u);
+    return KEEL_MIN(keel_div_up(keel_div_up(n, keel_div_up(n, LANES)), unit) * unit, LANES);
+}
+
 // The base module or the one that exchanges values between lanes.
 #define PICK(rec, family, name) (use_exchange(rec, KEEL_FAMILY_##family) ? &keel_sh_##name##_x : &keel_sh_##name)
 
