@@ -118,6 +118,21 @@ static void test_shapes(void **state)
     op_end(t);
 }
 
+// Where the shaders read by fours: one, eight and 64 lanes a token, ranks that are a multiple of four and not of eight, narrow and
+// wide sides of which neither, one or both are.
+static void test_fours(void **state)
+{
+    struct op_test *t = *state;
+    static const int some[] = { 5, 9, 70 }, rank[] = { 4, 12, 20 }, N[] = { 132, 36, 30 }, K[] = { 36, 131, 260 };
+    for (size_t i = 0; i < 9; i++) {
+        const struct lora_case s = { some[i / 3], N[i % 3], K[(i + i / 3) % 3], rank[(i + 2 * (i / 3)) % 3], 0.5f };
+        for (int which = DOWN; which <= BWD_B; which++) {
+            one(t, &s, which);
+        }
+    }
+    op_end(t);
+}
+
 // The shapes of training on the 270M: 128-token rows, rank 16, ffn_down.
 static void test_training_shape(void **state)
 {
@@ -185,7 +200,7 @@ static void test_slope(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_shapes),
+        cmocka_unit_test(test_shapes), cmocka_unit_test(test_fours),
         cmocka_unit_test(test_training_shape),
         cmocka_unit_test(test_slope),
     };

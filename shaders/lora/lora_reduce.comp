@@ -8,6 +8,7 @@
 
 layout(local_size_x_id = 0) in;                // 64
 layout(constant_id = 1) const uint SLICES = 1; // lanes a token: 1 (many tokens) to 64 (one token)
+layout(constant_id = 2) const uint FOUR = 0;   // lora.h; not LORA_ONE only where wide is a multiple of four, for x
 const uint COLS = 8;                           // ranks a workgroup works on
 
 layout(push_constant) uniform Push { lora_pc pc; };
@@ -32,16 +33,52 @@ void main()
     [[unroll]] for (uint i = 0; i < COLS; i++) {
         acc[i] = 0.0;
     }
-    [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
-        const float xv = x(row + k);
-        EIGHT(mv, 1);
-        if (SLICES <= 8 && ONE_SUBGROUP(64u / SLICES)) {
-            FILL_EIGHT(mv, 0u, I, m(m_at + k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
+    if (FOUR != LORA_ONE) {
+        [[dont_unroll]] for (uint k = slice * 4u; k < pc.wide; k += SLICES * 4u) {
+            const vec4 xv = x_four(row + k);
+            FOURS(mv);
+            if (SLICES <= 8 && ONE_SUBGROUP(64u / SLICES)) {
+                if (FOUR == LORA_FOUR_WIDE) { // vector i: column c0 + i, four of k
+                    FILL_FOURS(mv, I, m_four(m_at + min(c0 + I, pc.rank - 1u) * pc.s_rank + k))
+                    [[unroll]] for (uint i = 0; i < COLS; i++) {
+                        [[unroll]] for (uint j = 0; j < 4u; j++) {
+                            acc[i] += xv[j] * PICK_FOUR(mv, i, j);
+                        }
+                    }
+                } else { // vector 2j + i: k + j, columns c0 + 4i ...
+                    FILL_FOURS(mv, I, m_four(m_at + (k + (I >> 1)) * pc.s_wide + min(c0 + (I & 1u) * 4u, pc.rank - 4u)))
+                    [[unroll]] for (uint i = 0; i < COLS; i++) {
+                        [[unroll]] for (uint j = 0; j < 4u; j++) {
+                            acc[i] += xv[j] * PICK_FOUR(mv, 2u * j + (i >> 2), i & 3u);
+                        }
+                    }
+                }
+            } else if (FOUR == LORA_FOUR_WIDE) {
+                [[unroll]] for (uint i = 0; i < COLS; i++) {
+                    acc[i] += dot(xv, m_four(m_at + min(c0 + i, pc.rank - 1u) * pc.s_rank + k));
+                }
+            } else {
+                [[unroll]] for (uint j = 0; j < 4u; j++) {
+                    const uint at = m_at + (k + j) * pc.s_wide;
+                    const vec4 low = m_four(at + c0), high = m_four(at + min(c0 + 4u, pc.rank - 4u));
+                    [[unroll]] for (uint i = 0; i < COLS; i++) {
+                        acc[i] += xv[j] * (i < 4u ? low : high)[i & 3u];
+                    }
+                }
+            }
+        }
+    } else {
+        [[dont_unroll]] for (uint k = slice; k < pc.wide; k += SLICES) {
+            const float xv = x(row + k);
+            EIGHT(mv, 1);
+            if (SLICES <= 8 && ONE_SUBGROUP(64u / SLICES)) {
+                FILL_EIGHT(mv, 0u, I, m(m_at + k * pc.s_wide + min(c0 + I, pc.rank - 1u) * pc.s_rank))
 #define MAC(i) acc[i] += xv * PICK_EIGHT(mv, 0u, i);
-            EACH_EIGHT(MAC)
-        } else {
-            [[unroll]] for (uint i = 0; i < COLS; i++) {
-                acc[i] += xv * m(m_at + k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank);
+                EACH_EIGHT(MAC)
+            } else {
+                [[unroll]] for (uint i = 0; i < COLS; i++) {
+                    acc[i] += xv * m(m_at + k * pc.s_wide + min(c0 + i, pc.rank - 1u) * pc.s_rank);
+                }
             }
         }
     }

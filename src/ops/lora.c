@@ -28,8 +28,10 @@ static void reduce(keel_recorder *rec, const struct lora_pc *pc, uint32_t n, str
 {
     // Lanes a token: all 64 for a few tokens, one each for many.
     const uint32_t slices = pc->n_tokens >= 64 ? 1 : pc->n_tokens >= 8 ? 8 : 64;
+    const bool aligned = (pc->wide | pc->m_at[0] | pc->m_at[1] | pc->m_at[2]) % 4 == 0;
+    const uint32_t four = !aligned ? LORA_ONE : pc->s_wide == 1 ? LORA_FOUR_WIDE : pc->rank % 4 == 0 ? LORA_FOUR_RANK : LORA_ONE;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, LORA, lora_reduce), .spec = { LANES, slices }, .n_spec = 2,
+        .shader = PICK(rec, LORA, lora_reduce), .spec = { LANES, slices, four }, .n_spec = 3,
         .bind = { READ(x), READ(m), UPDATE(h) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
         .groups = { keel_div_up(pc->n_tokens, LANES / slices), keel_div_up(pc->rank, 8), n },
         .flops = 2ull * n * pc->n_tokens * pc->wide * pc->rank, .bytes = n * cost_bytes(pc), .label = label });
@@ -38,21 +40,27 @@ static void reduce(keel_recorder *rec, const struct lora_pc *pc, uint32_t n, str
 static void expand(keel_recorder *rec, const struct lora_pc *pc, struct keel_span h, struct keel_span m, struct keel_span y,
                    const char *label)
 {
-    const uint32_t tokens = pc->n_tokens >= 8 ? 8 : pc->n_tokens >= 4 ? 4 : 1;
+    const bool along = pc->s_wide == 1 && pc->wide % 4 == 0 && on_cpu(rec); // a GPU wants lanes
+    const uint32_t four = pc->rank % 4 != 0 ? LORA_ONE : pc->s_rank == 1 ? LORA_FOUR_RANK : along ? LORA_FOUR_WIDE : LORA_FOUR_H;
+    const bool quads = four == LORA_FOUR_WIDE;
+    const uint32_t tokens = pc->n_tokens >= 8 && !quads ? 8 : pc->n_tokens >= 4 ? 4 : 1;
+    const uint32_t n = quads ? pc->wide / 4 : pc->wide, lanes = lanes_for(rec, n);
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, LORA, lora_expand), .spec = { LANES, tokens }, .n_spec = 2,
+        .shader = PICK(rec, LORA, lora_expand), .spec = { lanes, tokens, four }, .n_spec = 3,
         .bind = { READ(h), READ(m), UPDATE(y) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
-        .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->n_tokens, tokens), 1 },
+        .groups = { keel_div_up(n, lanes), keel_div_up(pc->n_tokens, tokens), 1 },
         .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
 }
 
 static void outer(keel_recorder *rec, const struct lora_pc *pc, struct keel_span z, struct keel_span h, struct keel_span m,
                   const char *label)
 {
+    const bool four = on_cpu(rec) && pc->wide % 4 == 0 && pc->rank % 4 == 0;
+    const uint32_t n = four ? pc->wide / 4 : pc->wide, lanes = lanes_for(rec, n);
     keel_record(rec, &(struct keel_dispatch){
-        .shader = PICK(rec, LORA, lora_outer), .spec = { LANES }, .n_spec = 1,
+        .shader = PICK(rec, LORA, lora_outer), .spec = { lanes, four }, .n_spec = 2,
         .bind = { READ(z), READ(h), UPDATE(m) }, .n_bind = 3, .push = pc, .push_bytes = sizeof *pc,
-        .groups = { keel_div_up(pc->wide, LANES), keel_div_up(pc->rank, 8), 1 },
+        .groups = { keel_div_up(n, lanes), keel_div_up(pc->rank, four ? 4 : 8), 1 },
         .flops = 2ull * pc->n_tokens * pc->wide * pc->rank, .bytes = cost_bytes(pc), .label = label });
 }
 
