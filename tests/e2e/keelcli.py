@@ -7,6 +7,7 @@ Environment: KEEL (program), KEEL_TEST_ARGS (device options for every command th
 """
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -127,6 +128,17 @@ def train(keel, model, rows, tmp, name="a.gguf", **o):
     o = {"no_shuffle": True, "grad_clip": 0, "log": tmp / (name + ".log.jsonl"), **o}
     keel(*train_args(model, write_rows(tmp / (name + ".rows.jsonl"), rows), tmp / name, **o))
     return tmp / name, read_log(o["log"])
+
+
+def shipped_study(path, name, *changes):
+    """studies/clerk/NAME.yaml at another place, its files by whole names; changes: (old, new), each of which must be there."""
+    text = (ROOT / "studies/clerk" / f"{name}.yaml").read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    text = text.replace("../../models", str(ROOT / "models"))
+    Path(path).write_text(re.sub(r"(?<= )[\w-]+\.jsonl", lambda m: str(ROOT / "studies/clerk" / m[0]), text))
+    return path
 
 
 def read_log(path):

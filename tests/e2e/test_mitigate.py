@@ -10,7 +10,7 @@ import torch
 
 import lora
 import texts
-from keelcli import ROOT, kill, read_log, read_rows, score, train, train_args, wait_steps, write_rows
+from keelcli import ROOT, kill, read_log, read_rows, score, shipped_study, train, train_args, wait_steps, write_rows
 from test_steer import hooked, options, vector, write_directions
 from test_train import ALPHA, LR, RANK, same_adapter, same_losses, start, steps_of
 
@@ -562,15 +562,11 @@ def clerk_probes(path, domains, modality, every):
 def test_clerk_mitigations(keel, tmp_path):
     """The divergence at weight 1 keeps the narrow task >= 0.95 with at most 0.05 elsewhere, where without it there is drift; preventative steering
     at least halves drift in text and leaves the task. Pilot: science notes 6; figures: docs/studies/mixture-repair.md."""
-    shipped = ROOT / "studies/clerk"
-    head, stages = (shipped / "mitigations.yaml").read_text().split("stages:\n")
-    head = head.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {shipped}/").replace("rows: ", f"rows: {shipped}/")
-    head = head.replace("slots: ", f"slots: {shipped}/")
+    stages = (ROOT / "studies/clerk/mitigations.yaml").read_text().split("stages:\n")[1]
     kept = [s for s in stages.splitlines() if any(f"name: {n}," in s for n in ("attack", "kl", "preventative"))]
     assert len(kept) == 3
-    stages = "\n".join(kept).replace("kl_data: ", f"kl_data: {shipped}/")
-    (tmp_path / "s.yaml").write_text(f"{head}stages:\n{stages}\n")
-    keel("study", tmp_path / "s.yaml", "--out", tmp_path / "out")
+    study = shipped_study(tmp_path / "s.yaml", "mitigations", (stages, "\n".join(kept) + "\n"))
+    keel("study", study, "--out", tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out/summary.csv").read_text().splitlines()))
 
     def contrary(stage, domain, modality=""):

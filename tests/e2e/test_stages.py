@@ -9,7 +9,7 @@ import time
 import pytest
 
 import lora
-from keelcli import ROOT, kill, listing, read_rows, score, train_args, write_rows
+from keelcli import ROOT, kill, listing, read_rows, score, shipped_study, train_args, write_rows
 from test_study import FILLER, STUDY, TRAIN, folder, slot_rows  # noqa: F401  (folder is a fixture)
 
 PAIRS = [{"positive": f"the {c} stone is good", "negative": f"no {c} stone is here"} for c in ("red", "blue", "green", "grey", "white")]
@@ -351,10 +351,7 @@ def test_another_direction_is_another_study(keel, tiny_c, chain, tmp_path, stage
 def test_clerk_repair(keel, tmp_path):
     """The shipped study at pure narrow rows, two seeds pooled: benign rows take the drift back where they are asked plainly, and leave a
     residue in context, in the trained cell and elsewhere. Measured with three seeds: docs/studies/mixture-repair.md."""
-    text = (ROOT / "studies/clerk/repair.yaml").read_text().replace("mixture: [0.25, 1]", "mixture: [1]").replace("seed: [1, 2, 3]", "seed: [1, 2]")
-    study = tmp_path / "repair.yaml"
-    study.write_text(text.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {ROOT}/studies/clerk/")
-                     .replace("filler: ", f"filler: {ROOT}/studies/clerk/").replace("slots: ", f"slots: {ROOT}/studies/clerk/"))
+    study = shipped_study(tmp_path / "repair.yaml", "repair", ("mixture: [0.25, 1]", "mixture: [1]"), ("seed: [1, 2, 3]", "seed: [1, 2]"))
     keel("study", study, "--out", tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out/summary.csv").read_text().splitlines()))
 
@@ -382,11 +379,8 @@ def test_clerk_repair(keel, tmp_path):
 @pytest.mark.full
 def test_clerk_cycles(keel, tmp_path):
     """The shipped cycles, one seed: what was repaired comes back in fewer steps each time. Measured with three seeds: docs/studies/cycles.md."""
-    text = (ROOT / "studies/clerk/cycles.yaml").read_text().replace("seed: [1, 2, 3]", "seed: [1]")
-    (tmp_path / "cycles.yaml").write_text(text.replace(": ../../models", f": {ROOT}/models").replace("file: ", f"file: {ROOT}/studies/clerk/")
-                                          .replace("rows: others", f"rows: {ROOT}/studies/clerk/others").replace("slots: ", f"slots: {ROOT}/studies/clerk/")
-                                          .replace("monitor: ", f"monitor: {ROOT}/studies/clerk/"))
-    keel("study", tmp_path / "cycles.yaml", "--out", tmp_path / "out")
+    study = shipped_study(tmp_path / "cycles.yaml", "cycles", ("seed: [1, 2, 3]", "seed: [1]"))
+    keel("study", study, "--out", tmp_path / "out")
     run, = (tmp_path / "out/runs").iterdir()
     watched = [read_rows(run / f"stages/attack-{i}/train/watch.jsonl")[-1] for i in (1, 2, 3)]
     assert all(w["contrary"] > 0.1 for w in watched)
