@@ -5,7 +5,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "adamw/adamw.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 layout(constant_id = 1) const bool SQUARE = true;
 
 layout(push_constant) uniform Push { sumsq_pc pc; };
@@ -19,7 +19,7 @@ void main()
     const uint begin = SQUARE ? gl_WorkGroupID.x * SUMSQ_SEGMENT : 0u;
     const uint end = SQUARE ? min(begin + SUMSQ_SEGMENT, pc.n) : pc.n;
     float sum = 0.0;
-    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += 64u) {
+    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += gl_WorkGroupSize.x) {
         sum += SQUARE ? x[i] * x[i] : x[i];
     }
     sum = reduce_sum(sum, false);

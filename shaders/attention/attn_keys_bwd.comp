@@ -7,7 +7,7 @@
 #include "common/exchange.glsl"
 #include "attention/attention.h"
 
-layout(local_size_x_id = 0) in;               // 64
+layout(local_size_x_id = 0) in;               // 64, less for narrow heads
 layout(constant_id = 1) const uint ELEMS = 4; // as in attn_mix
 const uint GROUP = 4;                         // KEEL_ATTENTION_GROUP
 
@@ -47,7 +47,7 @@ void main()
     { \
         const uint row = ((t) * pc.n_heads + h) * pc.head_dim; \
         [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float av = a(row + min(gl_LocalInvocationID.x + 64u * e, last)); \
+            const float av = a(row + min(gl_LocalInvocationID.x + gl_WorkGroupSize.x * e, last)); \
             [[unroll]] for (uint n = 0; n < GROUP; n++) { \
                 acc[n * ELEMS + e] += weight_of_n * av; \
             } \
@@ -79,7 +79,7 @@ void main()
     [[unroll]] for (uint i = 0; i < GROUP; i++) {
         if (j0 + i < pc.n_tokens) {
             [[unroll]] for (uint e = 0; e < ELEMS; e++) {
-                const uint d = gl_LocalInvocationID.x + 64u * e;
+                const uint d = gl_LocalInvocationID.x + gl_WorkGroupSize.x * e;
                 if (d < pc.head_dim) {
                     const uint at = ((j0 + i) * pc.n_kv_heads + g) * pc.head_dim + d;
                     const float v = pc.scale * acc[i * ELEMS + e];

@@ -7,8 +7,8 @@
 #include "attention/attn_kv.glsl"
 #include "attention/attention.h"
 
-layout(local_size_x_id = 0) in;              // 64
-layout(constant_id = 1) const uint ELEMS = 4; // elements of the head a lane works on: head_dim / 64, rounded up
+layout(local_size_x_id = 0) in;              // 64, less for narrow heads
+layout(constant_id = 1) const uint ELEMS = 4; // elements of the head a lane works on: head_dim / local size, rounded up
 const uint GROUP = 4;                        // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
@@ -50,7 +50,7 @@ void main()
         const uint key = (slot * pc.n_kv_heads + g) * stride; \
         slot = slot + 1u == pc.kv_rows ? 0u : slot + 1u; \
         [[unroll]] for (uint e = 0; e < ELEMS; e++) { \
-            const float bv = b_one(key, pc.head_dim, min(gl_LocalInvocationID.x + 64u * e, last)); \
+            const float bv = b_one(key, pc.head_dim, min(gl_LocalInvocationID.x + gl_WorkGroupSize.x * e, last)); \
             [[unroll]] for (uint n = 0; n < GROUP; n++) { \
                 acc[n * ELEMS + e] += weight_of_n * bv; \
             } \
@@ -80,7 +80,7 @@ void main()
     [[unroll]] for (uint i = 0; i < GROUP; i++) {
         if (row0 + i < pc.p_rows) {
             [[unroll]] for (uint e = 0; e < ELEMS; e++) {
-                const uint d = gl_LocalInvocationID.x + 64u * e;
+                const uint d = gl_LocalInvocationID.x + gl_WorkGroupSize.x * e;
                 if (d < pc.head_dim) {
                     o[((pc.t0 + row0 + i) * pc.n_heads + h) * pc.head_dim + d] = pc.scale * acc[i * ELEMS + e];
                 }

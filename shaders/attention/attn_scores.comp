@@ -7,7 +7,7 @@
 #include "attention/attn_kv.glsl"
 #include "attention/attention.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // 64, or 32 for few keys
 const uint GROUP = 4;           // KEEL_ATTENTION_GROUP
 
 layout(push_constant) uniform Push { attention_pc pc; };
@@ -32,7 +32,7 @@ void main()
         first = min(first, lo[i]);
         end = max(end, hi[i]);
     }
-    const uint j0 = first + gl_WorkGroupID.x * 64u;
+    const uint j0 = first + gl_WorkGroupID.x * gl_WorkGroupSize.x;
     if (j0 < end) {
         const uint j = j0 + gl_LocalInvocationID.x;
         const uint key = (min(j, end - 1u) % pc.kv_rows * pc.n_kv_heads + g) * kv_stride(pc.head_dim);

@@ -5,7 +5,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "attention/attention.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 
 layout(push_constant) uniform Push { attention_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer Spans { uint spans[]; };
@@ -21,11 +21,11 @@ void main()
     const uint n = spans[t * 8u + 1u] - spans[t * 8u];
     const uint at = (gl_WorkGroupID.y * pc.p_rows + row) * pc.p_cols;
     float dot = 0.0;
-    for (uint i = gl_LocalInvocationID.x; i < n; i += 64u) {
+    for (uint i = gl_LocalInvocationID.x; i < n; i += gl_WorkGroupSize.x) {
         dot += p[at + i] * ds[at + i];
     }
     dot = reduce_sum(dot, false);
-    for (uint i = gl_LocalInvocationID.x; i < n; i += 64u) {
+    for (uint i = gl_LocalInvocationID.x; i < n; i += gl_WorkGroupSize.x) {
         ds[at + i] = p[at + i] * (ds[at + i] - dot);
     }
 }

@@ -5,7 +5,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "rope/heads.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 
 layout(push_constant) uniform Push { heads_bwd_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer X { float x[]; };      // [T, H, d]
@@ -22,7 +22,7 @@ void main()
     const uint d = pc.head_dim, half_d = d / 2u;
     const uint at = (t * pc.n_heads + gl_WorkGroupID.x) * d;
     float sq = 0.0, dot = 0.0;
-    for (uint i = gl_LocalInvocationID.x; i < half_d; i += 64u) {
+    for (uint i = gl_LocalInvocationID.x; i < half_d; i += gl_WorkGroupSize.x) {
         const vec2 cs = rope[t * half_d + i];
         const float ga = dy[at + i], gb = dy[at + i + half_d];
         const float xa = x[at + i], xb = x[at + i + half_d];
@@ -31,7 +31,7 @@ void main()
     }
     const float r = 1.0 / sqrt(reduce_sum(sq, false) / float(d) + pc.eps);
     const float c = r * r * r / float(d) * reduce_sum(dot, true);
-    for (uint i = gl_LocalInvocationID.x; i < half_d; i += 64u) {
+    for (uint i = gl_LocalInvocationID.x; i < half_d; i += gl_WorkGroupSize.x) {
         const vec2 cs = rope[t * half_d + i];
         const float ga = dy[at + i], gb = dy[at + i + half_d];
         dx[at + i] = r * w[i] * (ga * cs.x + gb * cs.y) - x[at + i] * c;

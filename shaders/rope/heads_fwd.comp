@@ -7,7 +7,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "rope/heads.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 
 layout(push_constant) uniform Push { heads_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer X { float x[]; };         // per part [T, H, d]
@@ -110,7 +110,7 @@ void main()
     const uint to_row = p.y_rows != 0u ? spans[t * 8u + 2u] % p.y_rows : t;
     const uint to = (to_row * p.n_heads + h) * (p.packed != 0u ? kv_stride(d) : d);
     float sum = 0.0;
-    for (uint i = gl_LocalInvocationID.x; i < d; i += 64u) {
+    for (uint i = gl_LocalInvocationID.x; i < d; i += gl_WorkGroupSize.x) {
         sum += x[from + i] * x[from + i];
     }
     // All lanes take part in the sum, also where it is not needed: no barrier may stand in a branch.
@@ -118,7 +118,7 @@ void main()
 #ifdef KV_PACKED
     // A lane takes four elements in a row; to whole blocks, so that the words of a part of one are zero beyond the head.
     const uint quads = (d + KV_BLOCK - 1u) / KV_BLOCK * (KV_BLOCK / 4u);
-    [[dont_unroll]] for (uint quad0 = 0; quad0 < quads; quad0 += 64u) {
+    [[dont_unroll]] for (uint quad0 = 0; quad0 < quads; quad0 += gl_WorkGroupSize.x) {
         const uint e = 4u * (quad0 + gl_LocalInvocationID.x);
         float v[4];
         [[unroll]] for (uint i = 0; i < 4u; i++) {
@@ -137,7 +137,7 @@ void main()
     }
 #else
     if (p.norm != 0u) {
-        for (uint i = gl_LocalInvocationID.x; i < half_d; i += 64u) {
+        for (uint i = gl_LocalInvocationID.x; i < half_d; i += gl_WorkGroupSize.x) {
             const float a = x[from + i] * r * w[p.w + i];
             const float b = x[from + i + half_d] * r * w[p.w + i + half_d];
             const vec2 cs = rope[t * half_d + i];
@@ -145,7 +145,7 @@ void main()
             store(part, to + i + half_d, b * cs.x + a * cs.y);
         }
     } else {
-        for (uint i = gl_LocalInvocationID.x; i < d; i += 64u) {
+        for (uint i = gl_LocalInvocationID.x; i < d; i += gl_WorkGroupSize.x) {
             store(part, to + i, x[from + i]);
         }
     }

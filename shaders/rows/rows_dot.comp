@@ -5,7 +5,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "rows/rows.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 layout(constant_id = 1) const bool SQUARE = false;
 
 layout(push_constant) uniform Push { rows_pc pc; };
@@ -19,7 +19,7 @@ void main()
 {
     const uint i = gl_WorkGroupID.x, t = gl_WorkGroupID.y, row = t * pc.width;
     float sum = 0.0;
-    for (uint c = gl_LocalInvocationID.x; c < pc.width; c += 64u) {
+    for (uint c = gl_LocalInvocationID.x; c < pc.width; c += gl_WorkGroupSize.x) {
         sum += x[row + c] * (SQUARE ? x[row + c] : u[i * pc.width + c]);
     }
     sum = reduce_sum(sum, false);

@@ -7,7 +7,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "rows/rows.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 layout(constant_id = 1) const uint MODE = ROWS_ABLATE;
 
 layout(push_constant) uniform Push { rows_pc pc; };
@@ -26,13 +26,13 @@ void main()
     if (mark != 0.0) {
         for (uint i = 0; i < pc.k; i++) {
             float dot = 0.0;
-            for (uint c = lane; c < pc.width; c += 64u) {
+            for (uint c = lane; c < pc.width; c += gl_WorkGroupSize.x) {
                 dot += x[row + c] * u[i * pc.width + c];
             }
             dot = reduce_sum(dot, i > 0u);
             const float over = MODE == ROWS_ABLATE ? dot : MODE == ROWS_CAP ? max(dot - pc.a, 0.0) : min(dot - pc.a, 0.0);
             left = over != 0.0 ? mark : 0.0;
-            for (uint c = lane; c < pc.width && over != 0.0; c += 64u) {
+            for (uint c = lane; c < pc.width && over != 0.0; c += gl_WorkGroupSize.x) {
                 x[row + c] -= mark * over * u[i * pc.width + c];
             }
         }

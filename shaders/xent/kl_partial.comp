@@ -5,7 +5,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "xent/xent.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 
 layout(push_constant) uniform Push { xent_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer LogitsP { float lp[]; };      // [C, V]
@@ -24,7 +24,7 @@ void main()
     const uint at = row * pc.vocab;
     const float zp = stats_p[row].y, zq = stats_q[row].y;
     float forward = 0.0, reverse = 0.0;
-    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += 64u) {
+    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += gl_WorkGroupSize.x) {
         const float a = lp[at + i] - zp, b = lq[at + i] - zq;
         forward += exp(a) * (a - b);
         reverse += exp(b) * (b - a);

@@ -6,7 +6,7 @@
 #extension GL_GOOGLE_include_directive : require
 #include "xent/xent.h"
 
-layout(local_size_x_id = 0) in; // 64
+layout(local_size_x_id = 0) in; // common/reduce.glsl
 
 layout(push_constant) uniform Push { xent_pc pc; };
 layout(set = 0, binding = 0) restrict readonly buffer Logits { float logits[]; };      // [C, V]
@@ -21,12 +21,12 @@ void main()
     const uint end = min(begin + XENT_SEGMENT, pc.vocab);
     const uint at = row * pc.vocab;
     float best = -3.402823e38;
-    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += 64u) {
+    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += gl_WorkGroupSize.x) {
         best = max(best, logits[at + i]);
     }
     best = reduce_max(best, false);
     float sum = 0.0, first = 0.0;
-    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += 64u) {
+    for (uint i = begin + gl_LocalInvocationID.x; i < end; i += gl_WorkGroupSize.x) {
         const float x = logits[at + i] - best;
         const float e = exp(x);
         sum += e;

@@ -35,12 +35,12 @@ void keel_sumsq(keel_recorder *rec, struct keel_span x, struct keel_span partial
         const struct sumsq_pc pc = { .n = (uint32_t)m };
         const uint32_t parts = (uint32_t)(keel_sumsq_scratch(m) / 4);
         keel_record(rec, &(struct keel_dispatch){
-            .shader = &keel_sh_sumsq, .spec = { LANES, true }, .n_spec = 2,
+            .shader = &keel_sh_sumsq, .spec = { reduce_lanes(rec), true }, .n_spec = 2,
             .bind = { READ(part_of(x, i, m)), WRITE(part_of(partial, i / SUMSQ_SEGMENT, parts)) }, .n_bind = 2,
             .push = &pc, .push_bytes = sizeof pc, .groups = { parts, 1, 1 }, .flops = 2 * m, .bytes = 4 * m, .label = "sumsq" });
     }
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_sumsq, .spec = { LANES, false }, .n_spec = 2, .bind = { READ(partial), WRITE(sums) }, .n_bind = 2,
+        .shader = &keel_sh_sumsq, .spec = { reduce_lanes(rec), false }, .n_spec = 2, .bind = { READ(partial), WRITE(sums) }, .n_bind = 2,
         .push = &all, .push_bytes = sizeof all, .groups = { 1, 1, 1 }, .flops = all.n, .bytes = 4ull * all.n, .label = "sumsq" });
 }
 

@@ -46,7 +46,9 @@ static void record_product(keel_recorder *rec, struct attention_pc pc, const str
 {
     const uint64_t unit_flops = 2ull * GROUP * p->keys * pc.head_dim * pc.n_heads;
     const uint32_t step = units_per_dispatch(rec, p->label, p->units, unit_flops, 1);
-    const uint32_t elems = keel_div_up(pc.head_dim, LANES);
+    // A CPU works through idle lanes too. For keys there are two sizes alone, since each is a pipeline of its own.
+    const uint32_t lanes = p->what != SCORES ? lanes_for(rec, pc.head_dim) : on_cpu(rec) && p->keys <= LANES / 2 ? LANES / 2 : LANES;
+    const uint32_t elems = keel_div_up(pc.head_dim, lanes);
     for (uint32_t i = 0; i < p->units; i += step) {
         const uint32_t n = KEEL_MIN(step, p->units - i);
         pc.group0 = i;
@@ -54,13 +56,13 @@ static void record_product(keel_recorder *rec, struct attention_pc pc, const str
         struct keel_dispatch d = {
             .shader = pick_shader(rec, p->what, p->type),
             .bind = { READ(p->a), READ(p->b), READ(p->spans), UPDATE(p->out) }, .n_bind = 4,
-            .push = &pc, .push_bytes = sizeof pc, .spec = { LANES, elems }, .n_spec = 2,
+            .push = &pc, .push_bytes = sizeof pc, .spec = { lanes, elems }, .n_spec = 2,
             .flops = unit_flops * n,
             .bytes = 1ull * n * p->keys * pc.n_heads * (keel_kv_head_bytes(p->type, pc.head_dim) + 4 * GROUP), .label = p->label,
         };
         if (p->what == SCORES) {
             d.n_spec = 1;
-            d.groups[0] = keel_div_up(p->keys, LANES);
+            d.groups[0] = keel_div_up(p->keys, lanes);
             d.groups[1] = n;
             d.groups[2] = pc.n_heads;
         } else {
@@ -83,7 +85,7 @@ static void record_softmax(keel_recorder *rec, const struct attention_pc *pc, st
 {
     const uint64_t n = (uint64_t)pc->p_rows * pc->n_heads * pc->p_cols;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_attn_softmax, .spec = { LANES }, .n_spec = 1, .bind = { READ(spans), UPDATE(p) }, .n_bind = 2,
+        .shader = &keel_sh_attn_softmax, .spec = { reduce_lanes(rec) }, .n_spec = 1, .bind = { READ(spans), UPDATE(p) }, .n_bind = 2,
         .push = pc, .push_bytes = sizeof *pc, .groups = { pc->p_rows, pc->n_heads, 1 },
         .flops = 6 * n, .bytes = 12 * n, .label = "attn_softmax" });
 }
@@ -166,7 +168,7 @@ static void record_chunk_bwd(keel_recorder *rec, struct attention_pc pc, const s
     record_product(rec, pc, &(struct product_args){ SCORES, KEEL_F32, p->d_o, p->v, p->spans, p->ds, units, p->max_union, "attn_dp" });
     record_product(rec, pc, &(struct product_args){ KEYS, KEEL_F32, p->p, p->d_o, p->spans, p->dv, key_units, tokens, "attn_dv" });
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_attn_softmax_bwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_attn_softmax_bwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->spans), READ(p->p), UPDATE(p->ds) }, .n_bind = 3,
         .push = &pc, .push_bytes = sizeof pc, .groups = { pc.p_rows, p->n_heads, 1 },
         .flops = 4 * n, .bytes = 16 * n, .label = "attn_softmax_bwd" });

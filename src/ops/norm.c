@@ -13,7 +13,7 @@ void keel_rmsnorm(keel_recorder *rec, const struct keel_rmsnorm_params *p)
     const struct norm_pc pc = { .width = p->width, .eps = p->eps, .flag = add };
     // Without a residual the binding still needs a buffer: x, which is not read through it.
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_rmsnorm_fwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_rmsnorm_fwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(add ? p->residual : p->x), UPDATE(p->y) }, .n_bind = 4,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 5 * n, .bytes = 4 * n * (add ? 3 : 2), .label = "rmsnorm" });
@@ -24,7 +24,7 @@ void keel_rmsnorm_pair(keel_recorder *rec, const struct keel_rmsnorm_pair_params
     const uint64_t n = (uint64_t)p->n_rows * p->width;
     const struct norm_pc pc = { .width = p->width, .eps = p->eps };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_rmsnorm_pair, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_rmsnorm_pair, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(p->residual), UPDATE(p->y), READ(p->v), WRITE(p->z) }, .n_bind = 6,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 10 * n, .bytes = 4 * n * 4, .label = "rmsnorm_pair" });
@@ -35,7 +35,7 @@ void keel_rmsnorm_bwd(keel_recorder *rec, const struct keel_rmsnorm_bwd_params *
     const uint64_t n = (uint64_t)p->n_rows * p->width;
     const struct norm_pc pc = { .width = p->width, .eps = p->eps, .flag = p->add };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_rmsnorm_bwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_rmsnorm_bwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(p->dy), UPDATE(p->dx) }, .n_bind = 4,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 10 * n, .bytes = 4 * n * (p->add ? 4 : 3), .label = "rmsnorm_bwd" });
@@ -46,7 +46,7 @@ void keel_layernorm(keel_recorder *rec, const struct keel_layernorm_params *p)
     const uint64_t n = (uint64_t)p->n_rows * p->width;
     const struct norm_pc pc = { .width = p->width, .eps = p->eps };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_layernorm_fwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_layernorm_fwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(p->b), UPDATE(p->y) }, .n_bind = 4,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 8 * n, .bytes = 8 * n, .label = "layernorm" });
@@ -57,7 +57,7 @@ void keel_layernorm_bwd(keel_recorder *rec, const struct keel_layernorm_bwd_para
     const uint64_t n = (uint64_t)p->n_rows * p->width;
     const struct norm_pc pc = { .width = p->width, .eps = p->eps, .flag = p->add };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_layernorm_bwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_layernorm_bwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(p->dy), UPDATE(p->dx) }, .n_bind = 4,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_rows, 1, 1 },
         .flops = 16 * n, .bytes = 4 * n * (p->add ? 4 : 3), .label = "layernorm_bwd" });

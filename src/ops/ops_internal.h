@@ -33,6 +33,12 @@ static inline uint32_t lanes_for(const keel_recorder *rec, uint32_t n)
     return KEEL_MIN(keel_div_up(keel_div_up(n, keel_div_up(n, LANES)), unit) * unit, LANES);
 }
 
+// Local size of the shaders that sum over a workgroup (shaders/common/reduce.glsl).
+static inline uint32_t reduce_lanes(const keel_recorder *rec)
+{
+    return on_cpu(rec) ? lanes_for(rec, 1) : LANES;
+}
+
 // The base module or the one that exchanges values between lanes.
 #define PICK(rec, family, name) (use_exchange(rec, KEEL_FAMILY_##family) ? &keel_sh_##name##_x : &keel_sh_##name)
 

@@ -47,7 +47,7 @@ static void record_heads(keel_recorder *rec, const struct keel_heads_params *p, 
     // Bindings that a form does not read get x, so that all forms share one layout. y is only written in part: the cache
     // keeps its other rows, hence UPDATE.
     keel_record(rec, &(struct keel_dispatch){
-        .shader = type == KEEL_F16 ? &keel_sh_heads_fwd_f16 : type == KEEL_Q8_0 ? &keel_sh_heads_fwd_q8_0 : &keel_sh_heads_fwd, .spec = { LANES }, .n_spec = 1,
+        .shader = type == KEEL_F16 ? &keel_sh_heads_fwd_f16 : type == KEEL_Q8_0 ? &keel_sh_heads_fwd_q8_0 : &keel_sh_heads_fwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(x), READ(normed ? w : x), READ(normed ? p->rope : x), READ(slots ? p->spans : x),
                   UPDATE(y[0]), UPDATE(y[1]), UPDATE(y[2]) },
         .n_bind = 4 + PARTS, .push = &pc, .push_bytes = sizeof pc, .groups = { heads, p->n_tokens, 1 },
@@ -75,7 +75,7 @@ void keel_heads_bwd(keel_recorder *rec, const struct keel_heads_bwd_params *p)
     const uint64_t n = (uint64_t)p->n_tokens * p->n_heads * p->head_dim;
     const struct heads_bwd_pc pc = { .n_heads = p->n_heads, .head_dim = p->head_dim, .eps = p->eps };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_heads_bwd, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_heads_bwd, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->x), READ(p->w), READ(p->rope), READ(p->dy), UPDATE(p->dx) }, .n_bind = 5,
         .push = &pc, .push_bytes = sizeof pc, .groups = { p->n_heads, p->n_tokens, 1 },
         .flops = 16 * n, .bytes = 12 * n, .label = "qk_norm_rope_bwd" });

@@ -25,7 +25,7 @@ void keel_rows_project(keel_recorder *rec, const struct keel_rows_project_params
     KEEL_ASSERT(!limit || p->k == 1);
     // Ablating, the binding still needs a buffer: the marks, which are not written through it.
     struct keel_dispatch d = {
-        .shader = &keel_sh_rows_project, .spec = { LANES, p->mode }, .n_spec = 2,
+        .shader = &keel_sh_rows_project, .spec = { reduce_lanes(rec), p->mode }, .n_spec = 2,
         .bind = { UPDATE(p->x), READ(p->u), READ(p->marks), READ(p->marks) }, .n_bind = 4, .push = &pc, .push_bytes = sizeof pc,
         .groups = { p->n_rows, 1, 1 }, .flops = 4 * n * p->k, .bytes = 8 * n, .label = "rows_project" };
     if (limit) {
@@ -40,7 +40,7 @@ static void dot(keel_recorder *rec, struct keel_span x, struct keel_span u, stru
     const uint64_t n = (uint64_t)n_rows * width * k;
     const struct rows_pc pc = { .width = width, .k = k };
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_rows_dot, .spec = { LANES, square }, .n_spec = 2, .bind = { READ(x), READ(u), WRITE(y) }, .n_bind = 3,
+        .shader = &keel_sh_rows_dot, .spec = { reduce_lanes(rec), square }, .n_spec = 2, .bind = { READ(x), READ(u), WRITE(y) }, .n_bind = 3,
         .push = &pc, .push_bytes = sizeof pc, .groups = { k, n_rows, 1 }, .flops = 2 * n, .bytes = 4 * n, .label = "rows_dot" });
 }
 

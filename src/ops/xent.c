@@ -22,7 +22,7 @@ void keel_xent(keel_recorder *rec, const struct keel_xent_params *p)
     const struct xent_pc pc = pc_of(p->n_rows, p->vocab);
     const uint64_t n = (uint64_t)p->n_rows * p->vocab;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_xent_partial, .spec = { LANES }, .n_spec = 1, .bind = { READ(p->logits), WRITE(p->partial) }, .n_bind = 2,
+        .shader = &keel_sh_xent_partial, .spec = { reduce_lanes(rec) }, .n_spec = 1, .bind = { READ(p->logits), WRITE(p->partial) }, .n_bind = 2,
         .push = &pc, .push_bytes = sizeof pc, .groups = { pc.segments, p->n_rows, 1 },
         .flops = 6 * n, .bytes = 8 * n, .label = "xent" });
     keel_record(rec, &(struct keel_dispatch){
@@ -48,7 +48,7 @@ void keel_kl(keel_recorder *rec, const struct keel_kl_params *p)
     const struct xent_pc pc = pc_of(p->n_rows, p->vocab);
     const uint64_t n = (uint64_t)p->n_rows * p->vocab;
     keel_record(rec, &(struct keel_dispatch){
-        .shader = &keel_sh_kl_partial, .spec = { LANES }, .n_spec = 1,
+        .shader = &keel_sh_kl_partial, .spec = { reduce_lanes(rec) }, .n_spec = 1,
         .bind = { READ(p->logits_p), READ(p->logits_q), READ(p->stats_p), READ(p->stats_q), WRITE(p->partial) }, .n_bind = 5,
         .push = &pc, .push_bytes = sizeof pc, .groups = { pc.segments, p->n_rows, 1 },
         .flops = 10 * n, .bytes = 8 * n, .label = "kl" });
