@@ -188,3 +188,30 @@ void fetch16(uint base, uint kb_n, uint kb, uint r, uint p, Scale s, out float w
 #endif
 #endif
 }
+
+#if !defined(FLOAT_TYPE) && !defined(Q_Q8_0)
+#define NIBBLES
+// The codes of block kb in row r, weight = d · code + m; that of column c as it lies in its word, code · 16^(c % 8), but of c % 8 = 7,
+// which would take the sign bit, as it is. A mask does that where moving bits down takes two operations.
+void fetch_codes(uint base, uint kb_n, uint kb, uint r, out float w[32])
+{
+    const uvec4 q = quad(base / 4u + kb * 64u + r);
+#if defined(Q_Q5_0) || defined(Q_Q5_1) || defined(Q_Q5_K)
+    const uint h = word(base + kb_n * 256u + kb * 64u + r);
+#define UPPER(i) (h >> (i) & 1u)
+#define UPPER_AT(i, at) ((at) >= (i) ? h << ((at) - (i)) : h >> ((i) - (at))) & 1u << (at)
+#elif defined(Q_Q6_K)
+    const uvec2 both = word_pair(base + kb_n * 256u + (kb * 64u + r) * 2u);
+#define UPPER(i) (both[(i) >> 4] >> 2u * ((i) & 15u) & 3u)
+#define UPPER_AT(i, at) \
+    ((at) >= 2u * ((i) & 15u) ? both[(i) >> 4] << ((at) - 2u * ((i) & 15u)) : both[(i) >> 4] >> (2u * ((i) & 15u) - (at))) & 3u << (at)
+#else
+#define UPPER(i) 0u
+#define UPPER_AT(i, at) 0u
+#endif
+    [[unroll]] for (uint i = 0; i < 32u; i++) {
+        const uint j = i & 7u, word = q[i >> 3];
+        w[i] = float(int(j == 7u ? word >> 28 | UPPER(i) << 4 : (word & 15u << 4u * j) | (UPPER_AT(i, 4u * j + 4u))));
+    }
+}
+#endif

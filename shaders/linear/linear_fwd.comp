@@ -14,8 +14,8 @@
 #endif
 #include "linear/linear.h"
 
-layout(local_size_x_id = 0) in;                // 64 × SLICES
-layout(constant_id = 1) const uint TILES = 1;  // tiles of rows a lane works on
+layout(local_size_x_id = 0) in;                // ROWS × SLICES
+layout(constant_id = 1) const uint TILES = 1;  // rows a lane works on, ROWS apart
 layout(constant_id = 2) const uint TOKENS = 1; // tokens a lane works on
 layout(constant_id = 3) const uint SLICES = 1; // parts of K, summed through shared memory
 layout(constant_id = 4) const bool TAIL = false; // K is no multiple of 32
@@ -40,6 +40,10 @@ layout(set = 0, binding = 4) readonly buffer B { float b[]; };          // [N, r
 #include "common/quant.glsl"
 #include "ewise/gelu.glsl"
 
+// On a GPU 64, a tile, so that neighbouring lanes read neighbouring words. On a CPU one subgroup, whose rows lie next to each other for all
+// of TILES: it runs through K alone, and reads whole kilobytes in order instead of a pair of cache lines in each.
+const uint ROWS = gl_WorkGroupSize.x / SLICES;
+
 shared float sums[SLICES > 1 ? (SLICES - 1) * 64 * TILES * TOKENS : 1];
 
 #define PART(p, field) \
@@ -49,6 +53,12 @@ shared float sums[SLICES > 1 ? (SLICES - 1) * 64 * TILES * TOKENS : 1];
 #include "linear/dot.glsl"
 #endif
 
+// On a CPU codes are multiplied as they lie, by activations that the lanes which hold them have scaled, and a block's scale and minimum
+// go out of its sum, d Σ code x + m Σ x: half of the operations that unpacking takes.
+#if defined(EXCHANGE) && defined(NIBBLES)
+#define CODES
+#endif
+
 uint part_of(uint tile)
 {
     return PARTS == 1u || tile < pc.part[1].tile ? 0u : PARTS == 2u || tile < pc.part[2].tile ? 1u : 2u;
@@ -56,19 +66,23 @@ uint part_of(uint tile)
 
 void main()
 {
-    const uint r = SLICES == 1 ? gl_LocalInvocationID.x : gl_LocalInvocationID.x % 64u;
-    const uint slice = SLICES == 1 ? 0u : gl_LocalInvocationID.x / 64u;
-    const uint tile = gl_WorkGroupID.x * (GLU ? TILES / 2u : TILES); // first of this workgroup within the dispatch
+    const uint lane = SLICES == 1 ? gl_LocalInvocationID.x : gl_LocalInvocationID.x % ROWS;
+    const uint slice = SLICES == 1 ? 0u : gl_LocalInvocationID.x / ROWS;
     const uint t0 = pc.t0 + gl_WorkGroupID.y * TOKENS;
     const uint words = tile_words(pc.kb);
     const uint last_tile = pc.tiles - 1u;
 
-    uint base[TILES], part[TILES], n[TILES]; // n: row within its part
+    uint base[TILES], part[TILES], n[TILES], r[TILES]; // n: row within its part, r: within its tile
+    bool inside[TILES];
     [[unroll]] for (uint a = 0; a < TILES; a++) {
-        const uint at = pc.tile0 + min(tile + (GLU ? a / 2u : a), last_tile);
+        // First of the rows of a step, within the dispatch; ROWS divides a tile, so that it is one tile for all lanes.
+        const uint first = (gl_WorkGroupID.x * (GLU ? TILES / 2u : TILES) + (GLU ? a / 2u : a)) * ROWS;
+        const uint at = pc.tile0 + min(first / 64u, last_tile);
+        inside[a] = first / 64u < pc.tiles;
+        r[a] = first % 64u + lane;
         part[a] = GLU ? a & 1u : part_of(at);
         base[a] = PART(part[a], w) + (at - PART(part[a], tile)) * words;
-        n[a] = (at - PART(part[a], tile)) * 64u + r;
+        n[a] = (at - PART(part[a], tile)) * 64u + r[a];
     }
     uint row[TOKENS];
     [[unroll]] for (uint t = 0; t < TOKENS; t++) {
@@ -82,7 +96,7 @@ void main()
     round_x(row[0]);
     for (uint kb = slice; kb < KB; kb += SLICES) {
         [[unroll]] for (uint a = 0; a < TILES; a++) {
-            acc[a] += fetch_scale(base[a], KB, kb, r, 0u).d * x_scale[kb] * float(dot32(base[a], kb, r));
+            acc[a] += fetch_scale(base[a], KB, kb, r[a], 0u).d * x_scale[kb] * float(dot32(base[a], kb, r[a]));
         }
     }
 #else
@@ -101,8 +115,48 @@ void main()
 #endif
         Scale s[TILES];
         [[unroll]] for (uint a = 0; a < TILES; a++) {
-            s[a] = fetch_scale(base[a], pc.kb, kb, r, 0u);
+            s[a] = fetch_scale(base[a], pc.kb, kb, r[a], 0u);
         }
+#ifdef CODES
+        const vec4 down = (gl_SubgroupInvocationID & 1u) == 0u ? vec4(1.0, 0.0625, 0.00390625, 0.000244140625) : vec4(1.52587890625e-5, 9.5367431640625e-7, 5.9604644775390625e-8, 1.0);
+        float w[TILES * 32];
+        Scale s1[TILES];
+        [[unroll]] for (uint a = 0; a < TILES; a++) {
+            s1[a] = ONE_SCALE ? s[a] : fetch_scale(base[a], pc.kb, kb, r[a], 1u);
+            float v[32];
+            fetch_codes(base[a], pc.kb, kb, r[a], v);
+            [[unroll]] for (uint i = 0; i < 32u; i++) {
+                w[a * 32u + i] = v[i];
+            }
+        }
+        [[unroll]] for (uint t = 0; t < TOKENS; t++) {
+            const float four = mine[t].x + mine[t].y + mine[t].z + mine[t].w;
+            mine[t] *= down;
+            float sum[2], qx[TILES];
+            [[unroll]] for (uint p = 0; p < 2u; p++) {
+                sum[p] = subgroupShuffle(four, 4u * p);
+                [[unroll]] for (uint i = 1; i < 4u; i++) {
+                    sum[p] += subgroupShuffle(four, 4u * p + i);
+                }
+            }
+            [[unroll]] for (uint p = 0; p < 2u; p++) {
+                [[unroll]] for (uint i = 0; i < 16u; i++) {
+                    const float xv = VALUE(p * 16u + i);
+                    [[unroll]] for (uint a = 0; a < TILES; a++) {
+                        const bool fresh = i == 0u && (p == 0u || !ONE_SCALE);
+                        qx[a] = w[a * 32u + p * 16u + i] * xv + (fresh ? 0.0 : qx[a]);
+                    }
+                }
+                [[unroll]] for (uint a = 0; a < TILES; a++) {
+                    if (ONE_SCALE && p == 1u) {
+                        acc[a * TOKENS + t] += s[a].d * qx[a] + s[a].m * (sum[0] + sum[1]);
+                    } else if (!ONE_SCALE) {
+                        acc[a * TOKENS + t] += p == 0u ? s[a].d * qx[a] + s[a].m * sum[0] : s1[a].d * qx[a] + s1[a].m * sum[1];
+                    }
+                }
+            }
+        }
+#else
 #define MAC(i) \
     { \
         const float xv = VALUE(P * 16u + i); \
@@ -115,7 +169,7 @@ void main()
         float w[TILES * 16]; \
         [[unroll]] for (uint a = 0; a < TILES; a++) { \
             float v[16]; \
-            fetch16(base[a], pc.kb, kb, r, P, s[a], v); \
+            fetch16(base[a], pc.kb, kb, r[a], P, s[a], v); \
             [[unroll]] for (uint i = 0; i < 16u; i++) { \
                 w[a * 16u + i] = v[i]; \
             } \
@@ -131,24 +185,25 @@ void main()
 #define P 1u
         if (!ONE_SCALE) {
             [[unroll]] for (uint a = 0; a < TILES; a++) {
-                s[a] = fetch_scale(base[a], pc.kb, kb, r, 1u);
+                s[a] = fetch_scale(base[a], pc.kb, kb, r[a], 1u);
             }
         }
         HALF_BLOCK
 #undef P
+#endif
     }
 #endif
     if (SLICES > 1) {
         if (slice > 0) {
             [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {
-                sums[((slice - 1u) * TILES * TOKENS + i) * 64u + r] = acc[i];
+                sums[((slice - 1u) * TILES * TOKENS + i) * ROWS + lane] = acc[i];
             }
         }
         barrier();
         if (slice == 0) {
             for (uint o = 0; o < SLICES - 1u; o++) {
                 [[unroll]] for (uint i = 0; i < TILES * TOKENS; i++) {
-                    acc[i] += sums[(o * TILES * TOKENS + i) * 64u + r];
+                    acc[i] += sums[(o * TILES * TOKENS + i) * ROWS + lane];
                 }
             }
         }
@@ -172,7 +227,7 @@ void main()
     if (slice == 0) {
         [[unroll]] for (uint a = 0; a < TILES; a += GLU ? 2u : 1u) {
             const uint rows = PART(part[a], n);
-            if (tile + (GLU ? a / 2u : a) < pc.tiles && n[a] < rows) {
+            if (inside[a] && n[a] < rows) {
                 [[unroll]] for (uint t = 0; t < TOKENS; t++) {
                     if (t0 + t < pc.n_tokens) {
                         const uint at = PART(part[a], y) + (t0 + t) * (PARTS == 1u ? pc.n_total : rows) + pc.row0 + n[a];

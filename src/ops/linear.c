@@ -42,24 +42,24 @@ static uint64_t row_bytes(const struct keel_matrix *w)
     return keel_tile_bytes(w->type, 64, w->cols) / 64;
 }
 
-// Tokens and tiles of rows that a lane works on, and parts that K is cut into. A lane wants many tokens for each weight it unpacks.
+// Tokens and rows (tiles, on a GPU) that a lane works on, and parts that K is cut into. A lane wants many tokens for each weight it unpacks.
 // With exchange, weights and sums beyond the registers spill to memory that is fast on CPUs, but the loop must stay within their
-// instruction cache: 8 × 4 does. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave
+// instruction cache: 8 × 4 does. A few tokens take 8: with lanes of a subgroup of 8 that is a tile, read in order, and decode twice as fast as with 4. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave
 // most of it idle.
 struct tiling {
     uint32_t tokens, tiles, slices;
 };
 #define MANY_LANES 65536u // enough for the largest GPU: 132 multiprocessors × 512 lanes
 
-// least: tiles that a lane works on at least.
-static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t n_tokens, uint32_t n_tiles, uint32_t least,
-                               uint32_t kb)
+// rows: of W, that a workgroup takes at a step; least: steps at least (tiles, with rows of a whole tile).
+static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint32_t rows, uint32_t n_tokens, uint32_t n_tiles,
+                               uint32_t least, uint32_t kb)
 {
     const bool gpu = strcmp(caps->kind, "cpu") != 0;
     struct tiling t = { n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, least, 1 };
-    const uint32_t most = exchange ? 4 : 2;
+    const uint32_t most = !exchange ? 2 : n_tokens < KEEL_MATMUL_TOKENS ? 8 : 4;
     const uint32_t lanes = n_tiles * LANES * keel_div_up(n_tokens, t.tokens);
-    while (t.tiles < most && n_tiles >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
+    while (t.tiles < most && n_tiles * (LANES / rows) >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
         t.tiles *= 2;
     }
     while (gpu && lanes / t.tiles * t.slices < MANY_LANES && LANES * t.slices * 2 <= KEEL_MIN(caps->max_workgroup, 512u) &&
@@ -148,7 +148,8 @@ static struct plan plan_product(const keel_recorder *rec, const struct product *
         return plan;
     }
     const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
-    const struct tiling t = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, n_tokens, p->tiles * pair, pair,
+    const uint32_t rows = on_cpu(rec) ? lanes_for(rec, 1) : LANES; // shaders/linear/linear_fwd.comp
+    const struct tiling t = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, rows, n_tokens, p->tiles * pair, pair,
                                       keel_div_up(k, 32));
     const uint32_t dot_shared = 56 * keel_div_up(k, 32) + (t.slices - 1) * LANES * t.tiles * 4; // shaders/linear/dot.glsl
     if (sh->dot && n_tokens == 1 && dot_shared <= keel_device_caps(keel_recorder_device(rec))->max_shared &&
@@ -156,8 +157,8 @@ static struct plan plan_product(const keel_recorder *rec, const struct product *
         return (struct plan){ .shader = sh->dot, .tokens = 1, .columns = t.tiles / pair * 64, .n_spec = 9,
                               .spec = { LANES * t.slices, t.tiles, 1, t.slices, 0, p->n_parts, p->glu, p->lora, keel_div_up(k, 32) } };
     }
-    return (struct plan){ .shader = sh->fwd[exchange], .tokens = t.tokens, .columns = t.tiles / pair * 64, .n_spec = 8,
-                          .spec = { LANES * t.slices, t.tiles, t.tokens, t.slices, k % 32 != 0, p->n_parts, p->glu, p->lora } };
+    return (struct plan){ .shader = sh->fwd[exchange], .tokens = t.tokens, .columns = t.tiles / pair * rows, .n_spec = 8,
+                          .spec = { rows * t.slices, t.tiles, t.tokens, t.slices, k % 32 != 0, p->n_parts, p->glu, p->lora } };
 }
 
 static void record_product(keel_recorder *rec, const struct product *p)
@@ -165,7 +166,7 @@ static void record_product(keel_recorder *rec, const struct product *p)
     const struct type_shaders *sh = shaders_of(p->w->type);
     const uint32_t n_tokens = p->pc.n_tokens, k = p->w->cols, pair = p->glu ? 2 : 1;
     const struct plan plan = plan_product(rec, p);
-    const uint32_t groups_t = keel_div_up(n_tokens, plan.tokens), units = plan.columns / 64;
+    const uint32_t groups_t = keel_div_up(n_tokens, plan.tokens), units = KEEL_MAX(plan.columns / 64, 1u);
     const uint64_t token_flops = UINT64_C(128) * pair * (k + (p->lora ? p->pc.rank : 0)); // of one tile
     const uint32_t step = units_per_dispatch(rec, sh->fwd_label, p->tiles, token_flops * n_tokens, units);
     // One tile may still be too much for long batches: then the tokens are split as well.
@@ -182,7 +183,7 @@ static void record_product(keel_recorder *rec, const struct product *p)
                 .shader = plan.shader, .n_spec = plan.n_spec, .subgroup = plan.subgroup,
                 .bind = { READ(p->weights), READ(p->x), UPDATE(p->y), READ(p->lora ? p->h : p->x), READ(p->lora ? p->b : p->x) },
                 .n_bind = 5, .push = &pc, .push_bytes = sizeof pc,
-                .groups = { keel_div_up(n, units), ng, 1 },
+                .groups = { keel_div_up(n * 64, plan.columns), ng, 1 },
                 .flops = token_flops * n_tokens * n * ng / groups_t,
                 .bytes = row_bytes(p->w) * 64 * n * pair + 4ull * ng * plan.tokens * (k + 64ull * n),
                 .label = sh->fwd_label };
