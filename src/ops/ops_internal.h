@@ -10,7 +10,7 @@
 #include <assert.h>
 #include <string.h>
 
-#define LANES 64u // local size of every base shader: a multiple of 64 in x only (portability notes 0.3)
+#define LANES 64u // local size on a GPU: a multiple of 64 in x only (portability notes 0.3); on a CPU often less, below
 
 #define READ(s) { (s), KEEL_READ }
 #define WRITE(s) { (s), KEEL_WRITE }
