@@ -8,6 +8,10 @@ const require = createRequire(`${process.cwd()}/`);
 const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp")).href);
 const [,, path, nPrompt, nDecode] = process.argv;
 const llama = await getLlama({gpu: "vulkan", build: "never", logLevel: "error"});
+if ((await llama.getGpuDeviceNames()).length === 0) {
+    console.error("llama.cpp found no Vulkan device and would run on its own CPU code; it takes a CPU driver if GGML_VK_VISIBLE_DEVICES=0 names it");
+    process.exit(1);
+}
 const model = await llama.loadModel({modelPath: path, gpuLayers: 99});
 const context = await model.createContext({contextSize: 1024, batchSize: 512});
 const sequence = context.getSequence();

@@ -68,7 +68,7 @@ def main():
     rows = [(f"prefill, {a.prompt} tokens", own["prefill"], {}), ("decode", own["decode"], {}),
             (f"training, rank {a.rank}, all projections, one row of {a.row}", own["train"], {})]
     if a.llama:
-        r = run(["node", HERE / "llama_cpp.mjs", model, a.prompt, a.peer_decode], cwd=a.llama)
+        r = run(["node", HERE / "llama_cpp.mjs", model, a.prompt, a.peer_decode], cwd=a.llama, env={"GGML_VK_VISIBLE_DEVICES": "0"})
         rows[0][2]["llama.cpp Vulkan"], rows[1][2]["llama.cpp Vulkan"] = r["prefill"], r["decode"]
         print(f"llama.cpp ran on {', '.join(r['device'])}.\n")
     if a.torch:
