@@ -57,7 +57,7 @@ static struct tiling tiling_of(const struct keel_caps *caps, bool exchange, uint
 {
     const bool gpu = strcmp(caps->kind, "cpu") != 0;
     struct tiling t = { n_tokens >= 8 ? 8 : n_tokens >= 4 ? 4 : n_tokens >= 2 ? 2 : 1, least, 1 };
-    const uint32_t most = !exchange ? 2 : n_tokens < KEEL_MATMUL_TOKENS ? 8 : 4;
+    const uint32_t most = !exchange ? 2 : !gpu && n_tokens < KEEL_MATMUL_TOKENS ? 8 : 4;
     const uint32_t lanes = n_tiles * LANES * keel_div_up(n_tokens, t.tokens);
     while (t.tiles < most && n_tiles * (LANES / rows) >= 4 * t.tiles && !(gpu && lanes / (t.tiles * 2) < MANY_LANES)) { // keep two workgroups
         t.tiles *= 2;
@@ -148,7 +148,7 @@ static struct plan plan_product(const keel_recorder *rec, const struct product *
         return plan;
     }
     const bool exchange = use_exchange(rec, family) && k % 4 == 0; // x is read as texels of four numbers
-    const uint32_t rows = on_cpu(rec) ? lanes_for(rec, 1) : LANES; // shaders/linear/linear_fwd.comp
+    const uint32_t rows = lanes_for(rec, 1); // shaders/linear/linear_fwd.comp
     const struct tiling t = tiling_of(keel_device_caps(keel_recorder_device(rec)), exchange, rows, n_tokens, p->tiles * pair, pair,
                                       keel_div_up(k, 32));
     const uint32_t dot_shared = 56 * keel_div_up(k, 32) + (t.slices - 1) * LANES * t.tiles * 4; // shaders/linear/dot.glsl

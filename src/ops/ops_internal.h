@@ -20,23 +20,24 @@ static inline bool use_exchange(const keel_recorder *rec, enum keel_family f)
 {
     return keel_variant_of(keel_recorder_device(rec), f) == KEEL_VARIANT_EXCHANGE;
 }
+
 static inline bool on_cpu(const keel_recorder *rec)
 {
     return strcmp(keel_device_caps(keel_recorder_device(rec))->kind, "cpu") == 0;
 }
 
-// Local size for a shader that may be launched with less than LANES, where n lanes have work: whole subgroups, so that a CPU, which
-// works through idle lanes too, wastes few.
+// Local size for a shader that may be launched with less than LANES, where n lanes have work. On a CPU, which works through idle lanes
+// too, as few whole subgroups as do it; on a GPU LANES.
 static inline uint32_t lanes_for(const keel_recorder *rec, uint32_t n)
 {
-    const uint32_t unit = KEEL_MAX(keel_device_caps(keel_recorder_device(rec))->subgroup_size, 8u);
+    const uint32_t unit = on_cpu(rec) ? KEEL_MAX(keel_device_caps(keel_recorder_device(rec))->subgroup_size, 8u) : LANES;
     return KEEL_MIN(keel_div_up(keel_div_up(n, keel_div_up(n, LANES)), unit) * unit, LANES);
 }
 
 // Local size of the shaders that sum over a workgroup (shaders/common/reduce.glsl).
 static inline uint32_t reduce_lanes(const keel_recorder *rec)
 {
-    return on_cpu(rec) ? lanes_for(rec, 1) : LANES;
+    return lanes_for(rec, 1);
 }
 
 // The base module or the one that exchanges values between lanes.
