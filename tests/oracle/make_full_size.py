@@ -4,6 +4,7 @@
     python make_full_size.py --shape 4b --mix q4_0 --tokenizer MODEL.gguf --out 4b.gguf [--mmproj 4b-mmproj.gguf]
     python make_full_size.py --shape 27b --mix q4_k_m --tokenizer MODEL.gguf --out 27b.gguf --plan-only
     python make_full_size.py --shape 270m --layers 6 --tokenizer MODEL.gguf --out 6.gguf
+    python make_full_size.py --shape 4b --layers 1 --vision-layers 1 --tokenizer MODEL.gguf --out 1.gguf --mmproj 1-mmproj.gguf
 
 Weights are random block codes with scales that give them the standard deviation of a trained model, so activations stay finite; the
 file streams out in pieces of a few MB. --plan-only leaves the data a hole in the file: enough for `keel info`, and no disk is used.
@@ -195,8 +196,8 @@ def write_text(path, name, layers, mix, tokenizer, seed, plan_only):
     out.close(seed, plan_only)
 
 
-def write_vision(path, width, seed, plan_only):
-    v = SIGLIP
+def write_vision(path, width, layers, seed, plan_only):
+    v = SIGLIP | {"layers": layers or SIGLIP["layers"]}
     out = Writer(path, "clip")
     w = out.w
     w.add_type("mmproj")
@@ -242,12 +243,13 @@ def main():
     p.add_argument("--tokenizer", required=True, help="a Gemma 3 GGUF whose tokenizer is copied")
     p.add_argument("--out", required=True)
     p.add_argument("--mmproj", help="also write a vision tower for it")
+    p.add_argument("--vision-layers", type=int, help="so many blocks of the tower, not 27")
     p.add_argument("--plan-only", action="store_true")
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args()
     write_text(a.out, a.shape, a.layers, a.mix, a.tokenizer, a.seed, a.plan_only)
     if a.mmproj:
-        write_vision(a.mmproj, SHAPES[a.shape].width, a.seed, a.plan_only)
+        write_vision(a.mmproj, SHAPES[a.shape].width, a.vision_layers, a.seed, a.plan_only)
 
 
 if __name__ == "__main__":
