@@ -218,7 +218,8 @@ void keel_cost_learn(struct cost_model *m, const double *est_ns, uint32_t n, dou
 // Speeds measured earlier on this device and driver. False if there are none.
 bool keel_speed_load(keel_device *dev);
 void keel_speed_save(const keel_device *dev);
-// Decides by a short measurement whether variants with caps.exchange pay; clears the flag if not or if they compute wrong.
+// Decides by a short measurement whether variants with caps.exchange may pay; clears the flag if not or if they compute wrong. On a CPU only what is
+// plainly slower goes: the doctor times each family of ops.
 keel_status keel_speed_choose(keel_device *dev);
 
 // --- memory.c ------------------------------------------------------------------------------------
