@@ -118,7 +118,9 @@ void main()
             s[a] = fetch_scale(base[a], pc.kb, kb, r[a], 0u);
         }
 #ifdef CODES
-        const vec4 down = (gl_SubgroupInvocationID & 1u) == 0u ? vec4(1.0, 0.0625, 0.00390625, 0.000244140625) : vec4(1.52587890625e-5, 9.5367431640625e-7, 5.9604644775390625e-8, 1.0);
+        const vec4 down = (gl_SubgroupInvocationID & 1u) == 0u
+                            ? vec4(1.0, 0.0625, 0.00390625, 0.000244140625) // 16^-c for c % 8 = 0 ... 3
+                            : vec4(1.52587890625e-5, 9.5367431640625e-7, 5.9604644775390625e-8, 1.0); // 4 ... 6; 7 lies as it is
         float w[TILES * 32];
         Scale s1[TILES];
         [[unroll]] for (uint a = 0; a < TILES; a++) {

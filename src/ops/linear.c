@@ -42,10 +42,10 @@ static uint64_t row_bytes(const struct keel_matrix *w)
     return keel_tile_bytes(w->type, 64, w->cols) / 64;
 }
 
-// Tokens and rows (tiles, on a GPU) that a lane works on, and parts that K is cut into. A lane wants many tokens for each weight it unpacks.
-// With exchange, weights and sums beyond the registers spill to memory that is fast on CPUs, but the loop must stay within their
-// instruction cache: 8 × 4 does. A few tokens take 8: with lanes of a subgroup of 8 that is a tile, read in order, and decode twice as fast as with 4. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave
-// most of it idle.
+// Tokens and rows (tiles, on a GPU) that a lane works on, and parts that K is cut into. A lane wants many tokens for each weight it
+// unpacks. With exchange, weights and sums beyond the registers spill to memory that is fast on CPUs, but the loop must stay within their
+// instruction cache: 8 × 4 does. A few tokens take 8: with lanes of a subgroup of 8 that is a tile, read in order, and decode twice as
+// fast as with 4. A GPU needs lanes above all: few rows (640 in the smallest model) times few tokens would leave most of it idle.
 struct tiling {
     uint32_t tokens, tiles, slices;
 };
