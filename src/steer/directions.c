@@ -20,8 +20,7 @@ void keel_directions_finish(struct keel_directions *d)
 
 // --- estimating ----------------------------------------------------------------------------------
 
-static keel_status check(const struct keel_capture *p, const struct keel_capture *n, const struct keel_direction_params *params,
-                         enum keel_method *method, const keel_log *log)
+static keel_status find_method(const struct keel_direction_params *params, enum keel_method *method, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     for (*method = 0; *method < KEEL_N_METHODS && strcmp(keel_method_name[*method], params->method) != 0; ++*method) {
@@ -30,12 +29,31 @@ static keel_status check(const struct keel_capture *p, const struct keel_capture
         KEEL_FAIL(log, KEEL_ERR_ARG, "method \"%s\" is unknown; use mean, mean_z, mean_mask, lda, probe, pca_diff, pca_center or svd",
                   params->method);
     }
-    if (keel_method_needs_pairs(*method) && (!params->paired || p->n_rows != n->n_rows)) {
-        KEEL_FAIL(log, KEEL_ERR_ARG, "method %s compares pairs, but the rows are no pairs (%zu and %zu); use mean, mean_z, mean_mask, lda "
-                  "or probe", params->method, p->n_rows, n->n_rows);
+    if (keel_method_needs_pairs(*method) && !params->paired) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "method %s compares pairs, but the rows are no pairs; use mean, mean_z, mean_mask, lda or probe",
+                  params->method);
     }
     if (params->k == 0 || (params->k > 1 && *method != KEEL_SVD)) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "%u directions from method %s: only svd gives more than one", params->k, params->method);
+    }
+out:
+    return st;
+}
+
+keel_status keel_directions_check(const struct keel_direction_params *params, const keel_log *log)
+{
+    enum keel_method method;
+    return find_method(params, &method, log);
+}
+
+static keel_status check(const struct keel_capture *p, const struct keel_capture *n, const struct keel_direction_params *params,
+                         enum keel_method *method, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    KEEL_TRY(find_method(params, method, log));
+    if (keel_method_needs_pairs(*method) && p->n_rows != n->n_rows) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "method %s compares pairs, but the rows are no pairs (%zu and %zu); use mean, mean_z, mean_mask, lda "
+                  "or probe", params->method, p->n_rows, n->n_rows);
     }
     if (p->n_rows < 2 || n->n_rows < 2) {
         KEEL_FAIL(log, KEEL_ERR_DATA, "a direction needs at least 2 rows of each class, there are %zu and %zu", p->n_rows, n->n_rows);

@@ -8,19 +8,7 @@
 
 // --- words ---------------------------------------------------------------------------------------
 
-struct spec {
-    char *text;         // owned; the parts below point into it
-    const char *words;  // as given, for messages
-    char *path, *layers;
-    double amount;
-    bool percent;
-    enum keel_hook_op op;
-    struct keel_positions at;
-    struct keel_hook_schedule tokens, steps;
-    int site; // -1: the file's
-};
-
-static keel_status option(struct spec *s, char *word, const keel_log *log)
+static keel_status option(struct keel_steer_words *s, char *word, const keel_log *log)
 {
     static const char *const ops[] = { "add", "ablate", "cap", "floor" };
     keel_status st = KEEL_OK;
@@ -58,11 +46,22 @@ out:
     return st;
 }
 
+// Ablation takes a component whole, so a strength beside it would be read and then forgotten.
+static keel_status check_coef(const struct keel_steer_words *s, const keel_log *log)
+{
+    if (s->op == KEEL_HOOK_ABLATE && (s->coef != 1 || s->percent)) {
+        KEEL_ERROR(log, "--steer %s: op=ablate takes the whole component and has no coefficient (%g%s); leave it out, or let tokens= or "
+                   "steps= say how much of the component goes", s->words, s->coef, s->percent ? "%" : "");
+        return KEEL_ERR_ARG;
+    }
+    return KEEL_OK;
+}
+
 // FILE[:COEF[%]][@LAYERS][,KEY=VALUE]... Layers may hold commas, so a part without "=" belongs to what stands before it.
-static keel_status parse(struct spec *s, const char *words, const keel_log *log)
+keel_status keel_steer_parse(struct keel_steer_words *s, const char *words, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    *s = (struct spec){ .words = words, .text = strdup(words), .amount = 1, .site = -1 };
+    *s = (struct keel_steer_words){ .words = words, .text = strdup(words), .coef = 1, .site = -1 };
     if (!s->text) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for --steer %s", words);
     }
@@ -70,36 +69,38 @@ static keel_status parse(struct spec *s, const char *words, const keel_log *log)
         *comma = '\0';
         KEEL_TRY(option(s, comma + 1, log));
     }
-    s->path = s->text;
-    s->layers = strrchr(s->path, '@');
-    if (s->layers) {
-        *s->layers++ = '\0';
+    s->file = s->text;
+    char *layers = strrchr(s->text, '@');
+    if (layers) {
+        *layers++ = '\0';
+        s->layers = layers;
     }
-    char *colon = strrchr(s->path, ':');
+    char *colon = strrchr(s->text, ':');
     if (colon && strchr("+-.0123456789", colon[1]) && colon[1]) {
         char *end;
-        s->amount = strtod(colon + 1, &end);
+        s->coef = strtod(colon + 1, &end);
         s->percent = *end == '%';
-        if (end[s->percent] != '\0' || !isfinite(s->amount)) {
+        if (end[s->percent] != '\0' || !isfinite(s->coef)) {
             KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: \"%s\" is no coefficient; use a number like -1.5, or 8%% of the median norm", words,
                       colon + 1);
         }
         *colon = '\0';
     }
-    if (s->path[0] == '\0') {
+    if (s->file[0] == '\0') {
         KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: names no file", words);
     }
+    KEEL_TRY(check_coef(s, log));
 out:
+    if (st != KEEL_OK) {
+        keel_steer_words_finish(s);
+    }
     return st;
 }
 
-keel_status keel_steer_file(char **path, const char *words, const keel_log *log)
+void keel_steer_words_finish(struct keel_steer_words *s)
 {
-    struct spec s;
-    const keel_status st = parse(&s, words, log);
-    *path = st == KEEL_OK ? strdup(s.path) : NULL;
-    free(s.text);
-    return st != KEEL_OK ? st : *path ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+    free(s->text);
+    *s = (struct keel_steer_words){ 0 };
 }
 
 double keel_direction_length(const float *v, uint32_t width)
@@ -111,19 +112,19 @@ double keel_direction_length(const float *v, uint32_t width)
     return sqrt(sum);
 }
 
-static keel_status add_layer(keel_hooks *hooks, const struct spec *s, const struct keel_directions *d, const struct keel_direction *a,
+static keel_status add_layer(keel_hooks *hooks, const struct keel_steer_words *s, const struct keel_directions *d, const struct keel_direction *a,
                              const keel_log *log)
 {
     keel_status st = KEEL_OK;
     struct keel_hook_params p = { .site = s->site < 0 ? d->site : (enum keel_site)s->site, .layer = a->layer, .op = s->op, .at = s->at,
-                                  .v = a->v, .k = a->k, .amount = (float)s->amount, .tokens = s->tokens, .steps = s->steps };
+                                  .v = a->v, .k = a->k, .amount = (float)s->coef, .tokens = s->tokens, .steps = s->steps };
     if (s->percent) {
         if (!(a->median_norm > 0)) {
             KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: %s does not say how long activations of layer %u are, so %% of it means nothing; give a "
-                      "plain coefficient", s->words, s->path, a->layer);
+                      "plain coefficient", s->words, s->file, a->layer);
         }
         const double unit = s->op == KEEL_HOOK_ADD ? keel_direction_length(a->v, d->width) : 1; // limits are for unit directions already
-        p.amount = (float)(s->amount / 100 * a->median_norm / unit);
+        p.amount = (float)(s->coef / 100 * a->median_norm / unit);
     }
     if (s->op == KEEL_HOOK_ADD && a->k > 1) {
         KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: layer %u has a subspace of %u directions, which can only be ablated (op=ablate)", s->words,
@@ -135,7 +136,7 @@ out:
 }
 
 // The part of the model that the directions are for must be there and have their width and layers.
-static keel_status check_fit(const struct spec *s, const struct keel_directions *d, const char *part, uint32_t n_layers, uint32_t width,
+static keel_status check_fit(const struct keel_steer_words *s, const struct keel_directions *d, const char *part, uint32_t n_layers, uint32_t width,
                              const keel_log *log)
 {
     keel_status st = KEEL_OK;
@@ -143,11 +144,11 @@ static keel_status check_fit(const struct spec *s, const struct keel_directions 
         KEEL_FAIL(log, KEEL_ERR_ARG, "--steer %s: its directions are for a vision tower, and there is none; give --mmproj", s->words);
     }
     if (d->width != width) {
-        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: directions of width %u, the %s's is %u; they belong to another model", s->path, d->width, part, width);
+        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: directions of width %u, the %s's is %u; they belong to another model", s->file, d->width, part, width);
     }
     for (uint32_t i = 0; i < d->n; i++) {
         if (d->at[i].layer >= n_layers) {
-            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: a direction for layer %u, the %s has layers 0 to %u", s->path, d->at[i].layer, part,
+            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "%s: a direction for layer %u, the %s has layers 0 to %u", s->file, d->at[i].layer, part,
                       n_layers - 1);
         }
     }
@@ -155,42 +156,51 @@ out:
     return st;
 }
 
-keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words)
+keel_status keel_steer_add_directions(keel_hooks *hooks, keel_model *model, const struct keel_steer_words *s, const struct keel_directions *d)
 {
     keel_status st = KEEL_OK;
     const keel_log *log = keel_hooks_log(hooks);
-    const struct keel_model_info *info = keel_model_info(model);
-    struct spec s;
-    struct keel_directions d = { 0 };
+    const enum keel_site site = s->site < 0 ? d->site : (enum keel_site)s->site;
     uint8_t *use = NULL;
     uint32_t n_layers, width;
-    KEEL_TRY(parse(&s, words, log));
-    KEEL_TRY(keel_directions_read(&d, s.path, log));
-    const enum keel_site site = s.site < 0 ? d.site : (enum keel_site)s.site;
     keel_hooks_shape(hooks, site, &n_layers, &width);
-    KEEL_TRY(check_fit(&s, &d, site >= KEEL_SITE_TOWER ? "tower" : "model", n_layers, width, log));
+    KEEL_TRY(check_fit(s, d, site >= KEEL_SITE_TOWER ? "tower" : "model", n_layers, width, log));
     use = malloc(n_layers);
     if (!use) {
-        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for --steer %s", words);
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for --steer %s", s->words);
     }
-    KEEL_TRY(keel_layers_parse(s.layers ? s.layers : "all", use, n_layers, log));
-    if (d.model_hash != 0 && d.model_hash != keel_model_hash(model)) {
-        KEEL_WARN(log, "%s: was made with another model file than %s; its directions may mean something else here", s.path, info->path);
+    KEEL_TRY(keel_layers_parse(s->layers ? s->layers : "all", use, n_layers, log));
+    if (d->model_hash != 0 && d->model_hash != keel_model_hash(model)) {
+        KEEL_WARN(log, "%s: was made with another model file than %s; its directions may mean something else here", s->file,
+                  keel_model_info(model)->path);
     }
-    for (uint32_t i = 0; i < d.n; i++) {
-        if (use[d.at[i].layer]) {
-            KEEL_TRY(add_layer(hooks, &s, &d, &d.at[i], log));
-            use[d.at[i].layer] = 2;
+    for (uint32_t i = 0; i < d->n; i++) {
+        if (use[d->at[i].layer]) {
+            KEEL_TRY(add_layer(hooks, s, d, &d->at[i], log));
+            use[d->at[i].layer] = 2;
         }
     }
-    for (uint32_t i = 0; s.layers && strcmp(s.layers, "all") != 0 && i < n_layers; i++) {
+    for (uint32_t i = 0; s->layers && strcmp(s->layers, "all") != 0 && i < n_layers; i++) {
         if (use[i] == 1) {
-            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "--steer %s: %s has no direction for layer %u", words, s.path, i);
+            KEEL_FAIL(log, KEEL_ERR_MISMATCH, "--steer %s: %s has no direction for layer %u", s->words, s->file, i);
         }
     }
 out:
     free(use);
-    free(s.text);
+    return st;
+}
+
+keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words)
+{
+    keel_status st = KEEL_OK;
+    const keel_log *log = keel_hooks_log(hooks);
+    struct keel_steer_words s = { 0 };
+    struct keel_directions d = { 0 };
+    KEEL_TRY(keel_steer_parse(&s, words, log));
+    KEEL_TRY(keel_directions_read(&d, s.file, log));
+    KEEL_TRY(keel_steer_add_directions(hooks, model, &s, &d));
+out:
+    keel_steer_words_finish(&s);
     keel_directions_finish(&d);
     return st;
 }
@@ -250,6 +260,22 @@ static keel_status upload_units(struct dots *l, const struct keel_direction *a, 
     return st;
 }
 
+keel_status keel_steer_project_check(const struct keel_directions *d, const keel_model *model, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    const struct keel_model_info *info = keel_model_info(model);
+    if (d->site >= KEEL_SITE_TOWER) {
+        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "directions at %s: projections are of the language model; capture the tower's rows instead",
+                  keel_site_name[d->site]);
+    }
+    if (d->width != info->width || d->at[d->n - 1].layer >= info->n_layers) {
+        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "directions of width %u up to layer %u do not fit a model of width %u with %u layers", d->width,
+                  d->at[d->n - 1].layer, info->width, info->n_layers);
+    }
+out:
+    return st;
+}
+
 keel_status keel_steer_project(keel_session *session, struct keel_steer_rows *rows, const struct keel_directions *d,
                                struct keel_positions at, keel_hooks *hooks, double *mean, uint32_t max_k,
                                bool (*progress)(void *user, uint64_t done, uint64_t total), void *user)
@@ -265,14 +291,7 @@ keel_status keel_steer_project(keel_session *session, struct keel_steer_rows *ro
     if (!p.layer || !p.count) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for projections of %zu rows", rows->n);
     }
-    if (d->site >= KEEL_SITE_TOWER) {
-        KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "directions at %s: projections are of the language model; capture the tower's rows instead",
-                  keel_site_name[d->site]);
-    }
-    if (d->width != keel_model_info(model)->width || d->at[d->n - 1].layer >= keel_model_info(model)->n_layers) {
-        KEEL_FAIL(log, KEEL_ERR_MISMATCH, "directions of width %u up to layer %u do not fit a model of width %u with %u layers", d->width,
-                  d->at[d->n - 1].layer, keel_model_info(model)->width, keel_model_info(model)->n_layers);
-    }
+    KEEL_TRY(keel_steer_project_check(d, model, log));
     KEEL_TRY(keel_heap_create(&device, p.dev, KEEL_HEAP_DEVICE, "directions"));
     KEEL_TRY(keel_heap_create(&host, p.dev, KEEL_HEAP_HOST, "projections"));
     if (!hooks) {

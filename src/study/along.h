@@ -16,6 +16,9 @@ keel_status keel_along_rows(struct keel_along *out, const struct keel_measure *m
                             size_t n);
 void keel_along_finish(struct keel_along *a); // accepts all-zero
 
+// Puts the one direction that is asked for first. Errors: ARG (none or several there, a subspace).
+keel_status keel_along_choose(struct keel_directions *d, const struct keel_measure_along *how, const keel_log *log);
+
 // Puts a system message before what row i asks, and takes the answer off its end. Errors: DATA (the row has one already).
 keel_status keel_along_under(struct keel_probes *p, size_t i, const char *system);
 

@@ -160,14 +160,14 @@ static keel_status add_words(const struct data_list *l, char *const *words, size
 {
     keel_status st = KEEL_OK;
     for (size_t i = 0; i < n && st == KEEL_OK; i++) {
-        char *file;
+        struct keel_steer_words w;
         if (keel_study_find_direction(l->o->file, words[i])) {
             continue;
         }
-        st = keel_steer_file(&file, words[i], l->log);
+        st = keel_steer_parse(&w, words[i], l->log);
         if (st == KEEL_OK) {
-            st = add_data(l->list, l->o, l->o->folder, file, false, l->log);
-            free(file);
+            st = add_data(l->list, l->o, l->o->folder, w.file, false, l->log);
+            keel_steer_words_finish(&w);
         }
     }
     return st;

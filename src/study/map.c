@@ -5,69 +5,20 @@
 #include "platform.h"
 #include "run.h"
 
-#include <keel/steer.h>
-
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-// The layers that a direction of the study, or of a file, has.
-static keel_status layers_of(const struct study *s, const char *words, uint8_t *has, uint32_t n_layers)
-{
-    keel_status st = KEEL_OK;
-    const struct study_direction *d = keel_study_find_direction(s->file, words);
-    struct keel_directions read = { 0 };
-    char *file = NULL, path[4200];
-    while (d && d->random_like) {
-        d = keel_study_find_direction(s->file, d->random_like);
-    }
-    if (d) {
-        return keel_layers_parse(d->layers, has, n_layers, s->log);
-    }
-    KEEL_TRY(keel_steer_file(&file, words, s->log));
-    keel_study_path(path, s->folder, file);
-    KEEL_TRY(keel_directions_read(&read, path, s->log));
-    for (uint32_t i = 0; i < read.n; i++) {
-        has[KEEL_MIN(read.at[i].layer, n_layers)] = 1;
-    }
-out:
-    free(file);
-    keel_directions_finish(&read);
-    return st;
-}
-
-keel_status keel_study_check_map(const struct study *s, const struct study_stage *stage)
-{
-    keel_status st = KEEL_OK;
-    const uint32_t n = keel_model_info(s->model)->n_layers;
-    uint8_t *use = calloc(n + 1, 1), *has = calloc(n + 1, 1);
-    if (!use || !has) {
-        KEEL_FAIL(s->log, KEEL_ERR_NO_MEMORY, "no memory for a map");
-    }
-    KEEL_TRY(keel_layers_parse(stage->map.layers, use, n, s->log));
-    KEEL_TRY(layers_of(s, stage->steer[0], has, n));
-    for (uint32_t i = 0; i < n; i++) {
-        if (use[i] && !has[i]) {
-            KEEL_FAIL(s->log, KEEL_ERR_ARG, "stage %s: %s has no direction for layer %u", stage->name, stage->steer[0], i);
-        }
-    }
-out:
-    free(use);
-    free(has);
-    return st;
-}
 
 struct dose {
     double coef;
     uint32_t layer;
 };
 
-// FILE[,KEY=VALUE]... with coefficient and layer after FILE.
-static void dose_words(char out[4200], const struct study_stage *stage, const struct dose *d)
+void keel_study_dose_words(char out[4200], const struct study_stage *stage, double coef, const char *layers)
 {
     const char *words = stage->steer[0];
     const size_t file = strcspn(words, ",");
-    snprintf(out, 4200, "%.*s:%g%s@%u%s", (int)file, words, d->coef, stage->percent ? "%" : "", d->layer, words + file);
+    snprintf(out, 4200, "%.*s:%g%s@%s%s", (int)file, words, coef, stage->percent ? "%" : "", layers, words + file);
 }
 
 struct map_run {
@@ -99,14 +50,15 @@ static keel_status measure_cell(struct map_run *r, const struct dose *d)
 {
     keel_status st = KEEL_OK;
     const struct keel_measure_slots how = { .max_rows = r->stage->map.probes, .seed = r->s->file->seed };
-    char from[4200], to[4200], words[4200], *list[] = { words };
+    char from[4200], to[4200], words[4200], layer[16], *list[] = { words };
     keel_hooks *hooks = NULL;
     cell_path(to, r, d);
     if (keel_path_exists(to)) {
         return KEEL_OK;
     }
     if (d) {
-        dose_words(words, r->stage, d);
+        snprintf(layer, sizeof layer, "%u", d->layer);
+        keel_study_dose_words(words, r->stage, d->coef, layer);
         r->state->steer = list;
         r->state->n_steer = 1;
     }

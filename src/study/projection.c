@@ -4,8 +4,7 @@
 
 #include <stdlib.h>
 
-// Leaves the one direction that is asked for in `d`.
-static keel_status choose(struct keel_directions *d, const struct keel_measure_along *how, const keel_log *log)
+keel_status keel_along_choose(struct keel_directions *d, const struct keel_measure_along *how, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     if (how->any_layer && d->n != 1) {
@@ -77,7 +76,7 @@ keel_status keel_probes_project(const struct keel_probes *p, const struct keel_m
     struct keel_along a = { 0 };
     struct keel_positions at;
     KEEL_TRY(keel_directions_read(&d, how->directions, m->log));
-    KEEL_TRY(choose(&d, how, m->log));
+    KEEL_TRY(keel_along_choose(&d, how, m->log));
     KEEL_TRY(keel_positions_parse(how->at, &at, m->log));
     KEEL_TRY(keel_along_rows(&a, m, p, which, n));
     const struct keel_directions one = { .width = d.width, .n = 1, .site = d.site, .model_hash = d.model_hash, .at = &d.at[0] };

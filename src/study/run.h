@@ -11,7 +11,8 @@
 
 struct study {
     const struct keel_study_params *p;
-    const keel_log *log;
+    const keel_log *log;                      // to the caller, with `place` before each message
+    char place[4400];                         // of the study file; "": none
     struct study_file *file;
     char folder[4096];                        // of the study file
     char model_path[4096], mmproj_path[4096]; // the latter may be empty
@@ -78,8 +79,13 @@ keel_status keel_study_watched(struct study *s, struct study_folder *folder, con
 
 // The doses of a MAP stage in this state, a record file each in `folder`/map, which is then marked. `state` is steered meanwhile.
 keel_status keel_study_map(struct study *s, struct study_folder *folder, const struct study_stage *stage, struct study_state *state);
-// Whether the model and the direction have the layers that a MAP stage names: before anything runs.
-keel_status keel_study_check_map(const struct study *s, const struct study_stage *stage);
+// The words of such a dose: FILE[,KEY=VALUE]... with coefficient and layers after FILE.
+void keel_study_dose_words(char out[4200], const struct study_stage *stage, double coef, const char *layers);
+
+// What can be known of the study's steering, directions and layers before anything runs (check.c): of the words by themselves, then with
+// the model open. Errors: ARG, IO, FORMAT, MISMATCH ("FILE:LINE: KEY: reason").
+keel_status keel_study_check_words(struct study *s);
+keel_status keel_study_check_model(struct study *s);
 
 // The stages of the study in the setting of a run, each in `folder`/stages/NAME.
 keel_status keel_study_chain(struct study *s, struct study_folder *folder, const struct study_setting *run);

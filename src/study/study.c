@@ -74,15 +74,16 @@ static keel_status open_all(struct study *s)
 {
     keel_status st = KEEL_OK;
     struct keel_map map = { 0 };
+    const char *slash = strrchr(s->p->file, '/');
     KEEL_TRY(keel_map_open(&map, s->p->file, s->log));
     KEEL_TRY(keel_study_parse(&s->file, map.data, map.len_bytes, s->p->file, s->log));
     keel_text_add(&s->config, map.data, map.len_bytes);
+    snprintf(s->folder, sizeof s->folder, "%.*s", slash ? (int)(slash - s->p->file) : 1, slash ? s->p->file : ".");
+    KEEL_TRY(keel_study_check_words(s));
     KEEL_TRY(check_guards(s, &s->file->train));
     for (size_t i = 0; i < s->file->n_stages; i++) {
         KEEL_TRY(check_guards(s, &s->file->stage[i].train));
     }
-    const char *slash = strrchr(s->p->file, '/');
-    snprintf(s->folder, sizeof s->folder, "%.*s", slash ? (int)(slash - s->p->file) : 1, slash ? s->p->file : ".");
     if (!s->p->model && !s->file->model) {
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: names no model; give one with -m", s->p->file);
     }
@@ -94,14 +95,10 @@ static keel_status open_all(struct study *s)
     if (!s->mmproj_path[0] && s->file->pan_and_scan) {
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: pan_and_scan, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
     }
+    KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log)); // first: a fault of the study should not cost the start of a device
+    KEEL_TRY(keel_study_check_model(s));
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_doctor_prepare(s->dev, s->p->variant));
-    KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log));
-    for (size_t i = 0; i < s->file->n_stages; i++) {
-        if (s->file->stage[i].kind == STUDY_MAP) {
-            KEEL_TRY(keel_study_check_map(s, &s->file->stage[i]));
-        }
-    }
     if (s->mmproj_path[0]) {
         KEEL_TRY(keel_images_create(&s->images, s->model, s->mmproj_path, s->log));
         KEEL_TRY(keel_images_pan_and_scan(s->images, s->file->pan_and_scan ? keel_pan_and_scan_params() : NULL));
@@ -196,13 +193,28 @@ static keel_status make_report(const char *dir, struct keel_study_result *result
     return st;
 }
 
+// The caller's log with the study's place before each message: what is checked there does not know of a study.
+struct placed {
+    const struct study *study;
+    const keel_log *to;
+};
+
+static void write_placed(void *user, enum keel_log_level level, const char *text)
+{
+    const struct placed *p = user;
+    keel_log_write(p->to, level, "%s%s", p->study->place, text);
+}
+
 keel_status keel_study_run(const struct keel_study_params *params, struct keel_study_result *result, const keel_log *log)
 {
     static const char *const whole[] = { "base", "train", "tuned", NULL }, *const chain[] = { "base", "stages", NULL };
     static const char *const sweep[] = { "base", "runs", NULL };
     static const struct study_state base = { .n_adapters = 0 };
     keel_status st = KEEL_OK;
-    struct study s = { .p = params, .log = log };
+    struct study s = { .p = params, .log = NULL };
+    struct placed placed = { .study = &s, .to = log };
+    const keel_log with_place = { .level = log ? log->level : KEEL_LOG_WARN, .write = write_placed, .user = &placed };
+    s.log = &with_place;
     *result = (struct keel_study_result){ 0 };
     KEEL_TRY(open_all(&s));
     KEEL_TRY(keel_study_open(&s, &s.top, params->out, s.file->sweep ? NULL : &s.file->run[0], NULL,

@@ -215,9 +215,16 @@ static unsigned line_of(const struct study_source *src, const char *section, con
     return at ? line : 0;
 }
 
+void keel_study_place(char *out, size_t cap, const struct study_source *src, const char *section, const char *key)
+{
+    snprintf(out, cap, "%s:%u: %s%s%s: ", src->name, KEEL_MAX(line_of(src, section, key), 1u), section, section[0] ? ": " : "", key);
+}
+
 keel_status keel_study_complain(const struct study_source *src, const char *section, const char *key, const char *reason)
 {
-    KEEL_ERROR(src->log, "%s:%u: %s%s%s: %s", src->name, KEEL_MAX(line_of(src, section, key), 1u), section, section[0] ? ": " : "", key, reason);
+    char place[1024];
+    keel_study_place(place, sizeof place, src, section, key);
+    KEEL_ERROR(src->log, "%s%s", place, reason);
     return KEEL_ERR_FORMAT;
 }
 

@@ -89,6 +89,8 @@ struct study_source {
 keel_status keel_study_yaml_load(struct yaml_study **out, const struct study_source *src);
 void keel_study_yaml_free(struct yaml_study *y); // accepts NULL
 
+// "FILE:LINE: SECTION: KEY: ", the place of the value of `key`.
+void keel_study_place(char *out, size_t cap, const struct study_source *src, const char *section, const char *key);
 // Says what is wrong with the value of `key` in `section` ("" is the top; "stages: NAME: train" and the like below it). Returns FORMAT.
 keel_status keel_study_complain(const struct study_source *src, const char *section, const char *key, const char *reason);
 // Reads an optional number; checks that it is finite and in [lo, hi].

@@ -10,6 +10,7 @@ import pytest
 
 import lora
 from keelcli import ROOT, kill, listing, read_rows, score, shipped_study, train_args, write_rows
+from test_steer import vector, write_directions
 from test_study import FILLER, STUDY, TRAIN, folder, slot_rows  # noqa: F401  (folder is a fixture)
 
 PAIRS = [{"positive": f"the {c} stone is good", "negative": f"no {c} stone is here"} for c in ("red", "blue", "green", "grey", "white")]
@@ -337,6 +338,59 @@ def test_bad_stages(keel, tiny_c, chain, tmp_path, change, says):
     assert text != CHAIN
     (chain / "study.yaml").write_text(text)
     keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=says)
+
+
+EARLY = """directions:
+  - {name: tone, rows: train.jsonl, positive: be kind, negative: be rude, layers: 0-1}
+stages:
+  - {name: attack, train: {}}
+  - {name: late, from: attack, STAGE}
+"""
+
+
+@pytest.mark.parametrize("stage, says", [
+    ("steer: ['v.safetensors:-1@9']", ["steer", "no layer 9"]),
+    ("steer: ['tone:-1@2']", ["steer", "tone", "layer 2"]),
+    ("steer: ['tone:-1,op=melt']", ["steer", "op=melt"]),
+    ("steer: ['tone:1,op=cap', 'tone:2,op=floor']", ["steer", "contradict"]),
+    ("steer: ['wide.safetensors:1']", ["steer", "wide.safetensors", "width"]),
+    ("steer: ['nan.safetensors:1']", ["steer", "nan.safetensors", "NaN"]),
+    ("steer: ['bare.safetensors:5%']", ["steer", "bare.safetensors", "plain coefficient"]),
+    ("steer: ['tone:-1,site=tower.post']", ["steer", "language model only"]),
+    ("steer: ['tower.safetensors:1']", ["steer", "tower.safetensors", "language model only"]),
+    ("steer: ['tone:0.5,op=ablate']", ["steer", "op=ablate", "0.5"]),
+    ("steer: ['tone,op=ablate'], coef: [1, 2]", ["steer", "op=ablate"]),
+    ("steer: [tone], coef: [1], layers: 1-2", ["steer", "tone", "layer 2"]),
+    ("steer: [v.safetensors], coef: [1], layers: 1-9", ["steer", "no layer 9"]),
+    ("train: {layers: 1-9}", ["train", "layers", "no layer 9"]),
+    ("train: {seq_len: 100000}", ["train", "seq_len", "context"]),
+    ("train: {steer: ['v.safetensors:1@9']}", ["train", "steer", "no layer 9"]),
+])
+def test_bad_steering_is_found_before_anything_runs(keel, tiny_c, chain, tmp_path, stage, says):
+    """What a late stage says wrongly is told with its line, not after the trainings before it; a mended study then starts."""
+    write_directions(chain / "wide.safetensors", {1: vector(1, 32)})
+    write_directions(chain / "nan.safetensors", {1: vector(1, 72) * math.nan})
+    write_directions(chain / "bare.safetensors", {1: vector(1, 72)})
+    write_directions(chain / "tower.safetensors", {1: vector(1, 72)}, keel_site="tower.post")
+    text = STUDY + EARLY.replace("STAGE", stage)
+    (chain / "study.yaml").write_text(text)
+    line = text[:text.index("name: late")].count("\n") + 1
+    keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=[f"study.yaml:{line}: stages: late", *says], leaves=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    (("layers: 0-1", "layers: 0-9"), ["directions: tone: layers", "no layer 9"]),
+    (("layers: 0-1", "at: never"), ["directions: tone: at", "never"]),
+    (("layers: 0-1", "method: magic"), ["directions: tone: method", "magic"]),
+    (("slots: slots.jsonl", "slots: slots.jsonl\n  projection: {directions: tone, layer: 2}"), ["eval: projection", "tone", "layer 2"]),
+    (("slots: slots.jsonl", "slots: slots.jsonl\n  projection: {directions: tone}"), ["eval: projection", "layers"]),
+], ids=lambda x: x[1] if isinstance(x, tuple) else None)
+def test_bad_directions_are_found_before_anything_runs(keel, tiny_c, chain, tmp_path, change, says):
+    text = STUDY + EARLY.replace("STAGE", "scale: [0.5]")
+    assert change[0] in text
+    (chain / "study.yaml").write_text(text.replace(*change))
+    keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=["study.yaml:", *says], leaves=tmp_path / "out")
 
 
 @pytest.mark.parametrize("stage", ["{name: a, from: base, steer: ['v.safetensors@1']}", "{name: a, train: {steps: 1, steer: ['v.safetensors:1@1']}}"])

@@ -103,7 +103,8 @@ def options(tmp, hooks):
     out = []
     for i, (site, layer, op, v, amount, at) in enumerate(hooks):
         path = write_directions(tmp / f"v{i}.safetensors", {layer: v}, keel_site=site)
-        out += ["--steer", f"{path}:{amount}@{layer},op={op},at={at}"]
+        coef = "" if op == "ablate" else f":{amount}"
+        out += ["--steer", f"{path}{coef}@{layer},op={op},at={at}"]
     return out
 
 
@@ -681,6 +682,10 @@ def test_bad_vectors(keel, tiny_a, tiny_c, tmp_path):
     run(f"{good}:1@9", "no layer 9")
     run(f"{good}:8%", "plain coefficient")
     run(f"{good}:1x", "coefficient")
+    run(f"{good}:0.5,op=ablate", "op=ablate", "0.5")
+    run(f"{good}:1%,op=ablate", "op=ablate", "1%")
+    keel("score", "-m", tiny_a, "--data", data, "--out", tmp_path / "o.jsonl", "--steer", f"{good}:1,op=ablate")
+    (tmp_path / "o.jsonl").unlink()
     run(f"{good}:1,op=melt", "op=melt")
     run(f"{good}:1,at=never", "never")
     for schedule in ("linear", "linear:0", "melt:3", "first:2x"):

@@ -108,6 +108,9 @@ struct keel_direction_params {
     bool paired;        // row i of both belongs together
     uint64_t seed;      // of splits and random directions
 };
+// Whether there are such directions, before rows are captured. Errors: ARG (unknown method, a method for pairs without pairs, k of
+// another method than svd).
+KEEL_API keel_status keel_directions_check(const struct keel_direction_params *params, const keel_log *log);
 // Directions that point from `negative` to `positive`, for every layer captured, with their gates. Errors: ARG (unknown method, a
 // method for pairs without pairs, other layers or sites), DATA (fewer than 2 rows of a class, NaN, no difference), NO_MEMORY.
 KEEL_API keel_status keel_directions_estimate(struct keel_directions *out, const struct keel_capture *positive,
@@ -121,15 +124,33 @@ KEEL_API keel_status keel_directions_read(struct keel_directions *out, const cha
 
 // --- steering ------------------------------------------------------------------------------------
 
-// Adds hooks from words: FILE[:COEF[%]][@LAYERS][,KEY=VALUE]...; COEF 1 if not given, with % of the residual stream's median norm
-// along the unit direction. Keys: op (add, ablate, cap, floor; for cap and floor COEF is the limit of the projection), at
-// (positions), site (pre, post, attn, mlp; otherwise the file's), tokens and steps (schedules).
-// Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made with another model.
+// Words FILE[:COEF[%]][@LAYERS][,KEY=VALUE]...; COEF 1 if not given, with % of the residual stream's median norm along the unit
+// direction. Keys: op (add, ablate, cap, floor; for cap and floor COEF is the limit of the projection, ablate has none), at (positions),
+// site (pre, post, attn, mlp; otherwise the file's), tokens and steps (schedules).
+struct keel_steer_words {
+    char *text;         // owned; `file` and `layers` point into it
+    const char *words;  // as given, borrowed
+    const char *file, *layers; // layers as keel_layers_parse() takes them; NULL: all of the file
+    double coef;
+    bool percent;
+    enum keel_hook_op op;
+    struct keel_positions at;
+    struct keel_hook_schedule tokens, steps;
+    int site; // enum keel_site, or -1: the file's
+};
+// Errors: ARG (what is not understood; a coefficient beside op=ablate), NO_MEMORY. Layers are not looked at. After an error it is empty.
+KEEL_API keel_status keel_steer_parse(struct keel_steer_words *out, const char *words, const keel_log *log);
+KEEL_API void keel_steer_words_finish(struct keel_steer_words *words); // frees; accepts all-zero
+
+// Adds hooks from words. Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made
+// with another model. The model need not be on a device.
 KEEL_API keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words);
+// The same with directions in place of those of the file.
+KEEL_API keel_status keel_steer_add_directions(keel_hooks *hooks, keel_model *model, const struct keel_steer_words *words,
+                                               const struct keel_directions *d);
 
-// The file that such words name; belongs to the caller (free()). Errors: ARG, NO_MEMORY.
-KEEL_API keel_status keel_steer_file(char **path, const char *words, const keel_log *log);
-
+// Whether rows of the model can be projected on these. Errors: UNSUPPORTED (a site of the tower), MISMATCH (width, layers).
+KEEL_API keel_status keel_steer_project_check(const struct keel_directions *d, const keel_model *model, const keel_log *log);
 // Projections of the captured tokens of each row on the unit directions: mean [n_rows, d->n, max k], NaN beyond a layer's k. As
 // keel_capture_run() otherwise.
 KEEL_API keel_status keel_steer_project(keel_session *session, struct keel_steer_rows *rows, const struct keel_directions *d,
