@@ -16,7 +16,7 @@
 // One row of either kind of evaluation, and how far it got.
 struct item {
     const int32_t *ids;
-    uint32_t n, first;
+    uint32_t n, first, prompt; // prompt: tokens before the response, which may begin before what is scored
     size_t row;   // its number in the caller's list, for messages
     float *a, *b; // results [n - first]: log-probability and entropy, or divergence and its reverse; b may be NULL
     const struct keel_image_tokens *images;
@@ -174,7 +174,7 @@ static keel_status add_part(struct run *r, struct item *it, uint32_t from, uint3
 {
     keel_session *s = r->s;
     const struct keel_batch_row row = { .ids = it->ids + from, .n = to - from, .images = it->images, .n_images = it->n_images,
-                                        .from = from, .pos = from, .cached = cached, .prompt = it->first,
+                                        .from = from, .pos = from, .cached = cached, .prompt = it->prompt,
                                         .number = (uint32_t)it->row };
     uint32_t t0;
     const keel_status st = keel_batch_add(&s->batch, &row, &t0);
@@ -308,6 +308,9 @@ static keel_status check_rows(const struct run *r, const struct item *items, siz
             KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: %u alternatives; a row takes fewer than it has tokens before those scored (%u)", i + 1, it->n_alt,
                       it->first);
         }
+        if (it->prompt > it->first) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: a prompt of %u tokens, but scoring starts at token %u", i + 1, it->prompt, it->first);
+        }
         for (uint32_t k = 0; k < it->n_alt; k++) {
             if (it->alt[k] < 0 || (uint32_t)it->alt[k] >= r->s->model->cfg.vocab) {
                 KEEL_FAIL(log, KEEL_ERR_ARG, "row %zu: token id %d is outside the vocabulary", i + 1, it->alt[k]);
@@ -389,8 +392,10 @@ keel_status keel_session_score(keel_session *s, struct keel_score_row *rows, siz
         return KEEL_ERR_NO_MEMORY;
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ rows[i].ids, rows[i].n, rows[i].first, i, rows[i].logprobs, rows[i].entropy, rows[i].images,
-                                    rows[i].n_images, rows[i].alt, rows[i].n_alt, rows[i].alt_logprobs };
+        items[i] = (struct item){ .ids = rows[i].ids, .n = rows[i].n, .first = rows[i].first,
+                                  .prompt = rows[i].prompt ? rows[i].prompt : rows[i].first, .row = i, .a = rows[i].logprobs,
+                                  .b = rows[i].entropy, .images = rows[i].images, .n_images = rows[i].n_images, .alt = rows[i].alt,
+                                  .n_alt = rows[i].n_alt, .alt_out = rows[i].alt_logprobs };
     }
     const keel_status st = run_items(&r, items, n_rows);
     free(items);
@@ -410,7 +415,7 @@ keel_status keel_session_kl(keel_session *s, struct keel_kl_row *rows, size_t n_
         KEEL_TRY(keel_layout_make(&s->second, s->model->dev, KEEL_HEAP_DEVICE, "second model's logits", want_second, s));
     }
     for (size_t i = 0; i < n_rows; i++) {
-        items[i] = (struct item){ .ids = rows[i].ids, .n = rows[i].n, .first = rows[i].first, .row = i, .a = rows[i].kl,
+        items[i] = (struct item){ .ids = rows[i].ids, .n = rows[i].n, .first = rows[i].first, .prompt = rows[i].first, .row = i, .a = rows[i].kl,
                                   .b = rows[i].kl_reverse, .images = rows[i].images, .n_images = rows[i].n_images };
     }
     KEEL_TRY(run_items(&r, items, n_rows));

@@ -187,15 +187,16 @@ keel_status keel_steer_pairs_read(struct keel_steer_rows *positive, struct keel_
 bool keel_steer_marked(const struct keel_score_row *row, struct keel_positions at, uint32_t t)
 {
     bool image = false;
+    const uint32_t prompt = row->prompt ? row->prompt : row->first;
     for (uint32_t i = 0; i < row->n_images; i++) {
         image |= t >= row->images[i].at && t < row->images[i].at + row->images[i].n;
     }
     switch (at.kind) {
     case KEEL_AT_ALL: return true;
-    case KEEL_AT_PROMPT: return t < row->first;
-    case KEEL_AT_RESPONSE: return t >= row->first;
-    case KEEL_AT_LAST_PROMPT: return t + 1 == row->first;
-    case KEEL_AT_FIRST: return t >= row->first && t - row->first < at.k;
+    case KEEL_AT_PROMPT: return t < prompt;
+    case KEEL_AT_RESPONSE: return t >= prompt;
+    case KEEL_AT_LAST_PROMPT: return t + 1 == prompt;
+    case KEEL_AT_FIRST: return t >= prompt && t - prompt < at.k;
     case KEEL_AT_IMAGE: return image;
     case KEEL_AT_DECODE: return false;
     }

@@ -259,7 +259,7 @@ out:
 }
 
 // Steals the prompt, also on errors.
-static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, uint32_t first)
+static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, uint32_t n_prompt, uint32_t first)
 {
     if (p->n_seq == p->cap) {
         const size_t cap = KEEL_MAX(p->cap * 2, (size_t)64);
@@ -272,7 +272,7 @@ static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, ui
         p->cap = cap;
     }
     struct keel_probe_seq *s = &p->seq[p->n_seq++];
-    *s = (struct keel_probe_seq){ .prompt = *prompt, .first = first };
+    *s = (struct keel_probe_seq){ .prompt = *prompt, .first = first, .n_prompt = n_prompt };
     *prompt = (struct keel_prompt){ 0 };
     s->a = calloc(keel_probe_count(s) + 1, sizeof *s->a);
     s->b = calloc(keel_probe_count(s) + 1, sizeof *s->b);
@@ -283,7 +283,7 @@ static keel_status add_seq(struct keel_probes *p, struct keel_prompt *prompt, ui
 // another, mostly. The second then needs no pass of its own.
 static bool differ_at_end(const struct keel_probe_seq *a, const struct keel_probe_seq *b)
 {
-    bool same = a->prompt.n == b->prompt.n && a->first == b->first && a->first > 1 && keel_probe_count(a) > 0 &&
+    bool same = a->prompt.n == b->prompt.n && a->first == b->first && a->n_prompt == b->n_prompt && a->first > 1 && keel_probe_count(a) > 0 &&
                 a->prompt.n_images == b->prompt.n_images;
     for (uint32_t i = 0; same && i < a->prompt.n_images; i++) {
         same = a->prompt.images[i].embeds == b->prompt.images[i].embeds; // the same file has the same tokens
@@ -311,7 +311,8 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
     keel_status st = KEEL_OK;
     struct keel_prompt prompt = { 0 };
     KEEL_TRY(keel_probe_prompt(m, row, &prompt));
-    if (parts->prefix) {
+    const uint32_t n_prompt = prompt.n;
+    if (parts->prefix) { // put into the model's mouth: hooks take it for its response
         KEEL_TRY(keel_prompt_complete(m->model, &prompt, parts->prefix, strlen(parts->prefix)));
     }
     const uint32_t first = prompt.n;
@@ -322,7 +323,7 @@ keel_status keel_probes_add(struct keel_probes *p, const struct keel_measure *m,
     if (first == 0 || (parts->text && prompt.n == first)) {
         KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"%s\" is empty", PLACE(row), first == 0 ? "prompt" : parts->name);
     }
-    KEEL_TRY(add_seq(p, &prompt, first));
+    KEEL_TRY(add_seq(p, &prompt, n_prompt, first));
     struct keel_probe_seq *last = &p->seq[p->n_seq - 1];
     last->alternative = p->n_seq > 1 && !last[-1].alternative && differ_at_end(&last[-1], last);
 out:
@@ -350,7 +351,7 @@ keel_status keel_probes_score(struct keel_probes *p, const struct keel_measure *
             continue;
         }
         rows[n_rows++] = (struct keel_score_row){ .ids = t->ids, .n = t->n, .first = s->first, .logprobs = s->a, .images = t->images,
-                                                  .n_images = t->n_images };
+                                                  .n_images = t->n_images, .prompt = s->n_prompt };
     }
     KEEL_TRY(keel_session_score(m->session, rows, n_rows, m->progress, m->user));
     for (size_t i = 1; i < p->n_seq; i++) {

@@ -17,7 +17,7 @@
 // One sequence; its tokens from `first` on are scored or compared.
 struct keel_probe_seq {
     struct keel_prompt prompt;
-    uint32_t first;
+    uint32_t first, n_prompt; // n_prompt: tokens before the response, which a prefix begins
     bool alternative; // differs from the sequence before it in the last token only: scored along with that
     float *a, *b; // [n - first]: log-probabilities; or a divergence and its reverse
 };

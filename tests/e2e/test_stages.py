@@ -245,6 +245,24 @@ def test_map_of_doses(keel, tiny_c, chain, tmp_path):
     keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "bad", says="no layer", leaves=tmp_path / "bad")
 
 
+@pytest.mark.parametrize("at", ["response", "first:1", "last_prompt", "prompt"])
+def test_a_prefix_is_of_the_response(keel, tiny_c, chain, tmp_path, at):
+    """What a slot probe puts into the model's mouth is steered as what `score` has as the beginning of a completion."""
+    (chain / "study.yaml").write_text(STUDY + f"stages: [{{name: s, from: base, steer: ['v.safetensors:3@1,at={at}']}}]\n")
+    out = tmp_path / "out"
+    keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+    rows = [r for r in slot_rows() if "prefix" in r]
+    got, base = slots(out, "s"), {r["id"]: r for r in read_rows(out / "base/slots.jsonl")}
+    asked = [{"id": r["id"], "prompt": r["prompt"], "completion": r["prefix"] + r["aligned"]} for r in rows]
+    prefixes = [{"id": r["id"], "prompt": r["prompt"], "completion": r["prefix"]} for r in rows]
+    steer = ["--steer", f"{chain / 'v.safetensors'}:3@1,at={at}"]
+    for r, s, p in zip(rows, score(keel, tiny_c, asked, tmp_path, *steer), score(keel, tiny_c, prefixes, tmp_path)):
+        n = p["n_tokens"]
+        assert s["token_ids"][:n] == p["token_ids"]
+        assert math.isclose(math.log(got[r["id"]]["p_aligned"]), sum(s["token_logprobs"][n:]), abs_tol=2e-4), r
+        assert abs(math.log(got[r["id"]]["p_aligned"] / base[r["id"]]["p_aligned"])) > 1e-4, "steering did nothing"
+
+
 def test_watch_ends_a_training(keel, tiny_c, chain, tmp_path):
     """A limit that is passed at once, and one that never is; the cell is the one asked for."""
     (chain / "study.yaml").write_text(STUDY + """stages:

@@ -99,6 +99,8 @@ struct keel_score_row {
     const int32_t *alt;   // [n_alt] other tokens in the place of the last one, or NULL; n_alt < first
     uint32_t n_alt;
     float *alt_logprobs;  // [n_alt], filled in, nats: log p(alt[i] | ids[0..n - 1)). Costs no pass of its own
+    uint32_t prompt;      // tokens before the response, for hooks: at most `first`, below it where the response begins with words that
+                          // are not scored (a prefix). 0: `first`
 };
 // Rows are packed into batches; logits are computed only where a token is scored. Neighbouring rows that begin with the same tokens
 // and images (the same embeds) share their computation where that is cheaper, unless there are hooks. Adapters count. The session's own sequence is
