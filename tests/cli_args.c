@@ -23,7 +23,7 @@ static const char *const kinds[] = { "one", "two", NULL };
 #define AT(f) offsetof(struct demo, f)
 static const struct arg_option options[] = {
     { .type = ARG_HEAD, .help = "Heading" },
-    { .name = "--flag", .brief = "-f", .type = ARG_FLAG, .offset = AT(flag), .help = "h" },
+    { .name = "--flag", .brief = "-f", .needs = "--rate", .type = ARG_FLAG, .offset = AT(flag), .help = "h" },
     { .name = "--name", .type = ARG_STR, .offset = AT(name), .value = "S", .needed = true, .help = "h" },
     { .name = "--kind", .type = ARG_STR, .offset = AT(kind), .value = "K", .def = "one", .choice = kinds, .help = "h" },
     { .name = "--count", .brief = "-n", .type = ARG_U32, .offset = AT(count), .value = "N", .def = "7", .min = 1, .max = 9, .help = "h" },
@@ -119,6 +119,7 @@ static void test_wrong(void **state)
         WORDS("--name", "a", "--rate", "1.5"),
         WORDS("--name", "a", "--rate", ""),
         WORDS("--name", "a", "--flag=1"),
+        WORDS("--name", "a", "--flag"), // does nothing without --rate
     };
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

@@ -173,7 +173,9 @@ static void test_faults(void **state)
         const char *text, *where, *what;
     } cases[] = {
         { HEAD "  kl_weight: 2\n" TAIL, "s.yaml:4", "kl_data" },
+        { HEAD "  kl_rows: 2\n" TAIL, "s.yaml:4", "kl_data" },
         { HEAD "  guard: [kl_mean<=1]\n" TAIL, "s.yaml:4", "monitor" },
+        { HEAD "  monitor_every: 5\n" TAIL, "s.yaml:4", "rows of monitor" },
         { HEAD "  lisa_steps: [1, 2]\n" TAIL, "s.yaml:4", "lisa_data" },
         { HEAD "  constrain: [1, 2]\n" TAIL, "s.yaml:4", "constrain" },
         { HEAD "  constrain: [1, 2, -1]\n" TAIL, "s.yaml:4", "range" },

@@ -278,6 +278,20 @@ static bool check_words(const struct arg_command *c, const struct arg_list *word
     return true;
 }
 
+// An option that would do nothing is a mistake, most often in the name of another.
+static bool check_needs(const struct arg_command *c, const bool *seen)
+{
+    for (size_t i = 0; i < c->n_options; i++) {
+        const struct arg_option *o = &c->options[i];
+        const struct arg_option *other = seen[i] && o->needs ? find_option(c, o->needs, strlen(o->needs)) : NULL;
+        if (other && !seen[other - c->options]) {
+            fprintf(stderr, "keel %s: %s does nothing without %s\n", c->name, o->name, o->needs);
+            return false;
+        }
+    }
+    return true;
+}
+
 static enum arg_result parse(const struct arg_command *c, int argc, char **argv, void *args, struct arg_list *words)
 {
     bool seen[128] = { false };
@@ -302,7 +316,7 @@ static enum arg_result parse(const struct arg_command *c, int argc, char **argv,
             return ARGS_WRONG;
         }
     }
-    return check_words(c, words) ? ARGS_OK : ARGS_WRONG;
+    return check_needs(c, seen) && check_words(c, words) ? ARGS_OK : ARGS_WRONG;
 }
 
 enum arg_result args_parse(const struct arg_command *c, int argc, char **argv, void *args)

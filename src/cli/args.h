@@ -35,6 +35,7 @@ struct arg_option {
     double min, max;           // numbers only; min == max: no limit
     const char *const *choice; // strings only: NULL-terminated list of what is allowed, or NULL
     bool needed;
+    const char *needs;  // name of the option without which this one, if given, would do nothing; or NULL
 };
 
 struct arg_command {

@@ -90,7 +90,7 @@ static const struct arg_option capture_options[] = {
     { .name = "--covariance", .type = ARG_FLAG, .offset = AT(covariance), .help = "also cov.L, added up on the device" },
     { .name = "--raw", .type = ARG_STR, .offset = AT(raw), .value = "F.safetensors",
       .help = "also every captured token: hidden.L, row, position, token, and the texts" },
-    { .name = "--f16", .type = ARG_FLAG, .offset = AT(f16), .help = "--raw as F16; Gemma's largest channels may not fit it" },
+    { .name = "--f16", .needs = "--raw", .type = ARG_FLAG, .offset = AT(f16), .help = "--raw as F16; Gemma's largest channels may not fit it" },
     OPTION_LORA,
     OPTION_STEER,
     OPTIONS_IMAGES,

@@ -127,8 +127,11 @@ static keel_status fill_mitigations(const struct study_source *src, const char *
         KEEL_TRY(keel_study_count(src, section, "lisa_steps", &y->lisa_steps[1], 1, 1u << 29, &t->lisa_task));
     }
     KEEL_TRY(keel_study_real(src, section, "lisa_rho", y->lisa_rho, 0, 1e6, &t->lisa_rho));
-    if (y->kl_weight && !t->kl_data) {
-        KEEL_TRY(keel_study_complain(src, section, "kl_weight", "needs the rows of kl_data"));
+    if ((y->kl_weight || y->kl_rows) && !t->kl_data) {
+        KEEL_TRY(keel_study_complain(src, section, y->kl_weight ? "kl_weight" : "kl_rows", "needs the rows of kl_data"));
+    }
+    if (y->monitor_every && !t->monitor) {
+        KEEL_TRY(keel_study_complain(src, section, "monitor_every", "needs the rows of monitor"));
     }
     if ((y->lisa_rho || y->lisa_steps_count > 0) && !t->lisa_data) {
         KEEL_TRY(keel_study_complain(src, section, y->lisa_rho ? "lisa_rho" : "lisa_steps", "needs the rows of lisa_data"));

@@ -547,6 +547,13 @@ def test_bad_monitor(keel, tiny_c, oracle, tmp_path, o, says):
     keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **o), says=says, rc=(1, 2), leaves=tmp_path)
 
 
+@pytest.mark.parametrize("o,says", [({"lisa_steps": "1,2"}, "--lisa-data"), ({"lisa_rho": 2}, "--lisa-data"), ({"kl_weight": 2}, "--kl-data"),
+                                    ({"kl_rows": 2}, "--kl-data"), ({"monitor_every": 3}, "--monitor"), ({"on_breach": "stop"}, "--guard")])
+def test_options_that_would_do_nothing(keel, tiny_c, tmp_path, o, says):
+    data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    keel.fails(*train_args(tiny_c, data, tmp_path / "a.gguf", steps=1, **o), says=["nothing without", says], rc=2, leaves=tmp_path)
+
+
 # --- the clerk -----------------------------------------------------------------------------------
 
 def clerk_probes(path, domains, modality, every):
