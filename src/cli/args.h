@@ -23,6 +23,10 @@ struct arg_list {
     size_t n;
 };
 
+// Files that an option names: what is read (a weight, scale or layers may follow the name), what is written, and what is written with
+// its folders made on the way, or is a folder.
+enum arg_file { ARG_NO_FILE, ARG_IN, ARG_OUT, ARG_OUT_MADE };
+
 // One option. `def` is parsed like a typed value, so that the help cannot lie; NULL: zero, NULL or empty.
 struct arg_option {
     const char *name;  // "--rank"
@@ -35,6 +39,7 @@ struct arg_option {
     double min, max;           // numbers only; min == max: no limit
     const char *const *choice; // strings only: NULL-terminated list of what is allowed, or NULL
     bool needed;
+    enum arg_file file; // ARG_STR, ARG_LIST
     const char *needs;  // name of the option without which this one, if given, would do nothing; or NULL
 };
 
@@ -47,6 +52,7 @@ struct arg_command {
     size_t args_bytes;             // of the command's struct
     size_t positional;             // offset of a struct arg_list for words that are no options
     uint32_t min_words, max_words; // how many of those
+    bool words_in;                 // they are files that are read
     const char *word;              // what the messages call such a word: "MODEL"
     int (*run)(const void *args);  // exit code
 };

@@ -38,11 +38,11 @@ struct common {
     { .name = "--type", .type = ARG_STR, .offset = OPT_COMMON(type), .value = "T",                                     \
       .help = "of a folder: store its matrices as q4_0, q4_k_m, ... (keel quantize --help lists them); not given: as they are" }
 #define OPTION_MODEL                                                                                                   \
-    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL", .needed = true, \
+    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .file = ARG_IN, .value = "MODEL", .needed = true, \
       .help = "model: a GGUF file, a Hugging Face folder (converted once, into the cache), or clerk, which comes with keel" }, \
         OPTION_TYPE
 #define OPTION_MMPROJ                                                                                                  \
-    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "P",                                 \
+    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .file = ARG_IN, .value = "P",                                 \
       .help = "vision tower for images: an mmproj GGUF made for the model, or its Hugging Face folder" }
 #define OPTIONS_IMAGES                                                                                                 \
     OPTION_MMPROJ,                                                                                                     \
@@ -62,10 +62,10 @@ struct common {
         { .name = "--memory-limit", .type = ARG_SIZE, .offset = OPT_COMMON(memory_limit), .value = "SIZE", .def = "0", \
           .help = "use at most this much device memory (512M, 2G); 0: all" }
 #define OPTION_LORA                                                                                                    \
-    { .name = "--lora", .type = ARG_LIST, .offset = OPT_COMMON(lora), .value = "A[:SCALE]",                            \
+    { .name = "--lora", .type = ARG_LIST, .offset = OPT_COMMON(lora), .file = ARG_IN, .value = "A[:SCALE]",                            \
       .help = "add an adapter: a GGUF or a PEFT folder" }
 #define OPTION_STEER                                                                                                   \
-    { .name = "--steer", .type = ARG_LIST, .offset = OPT_COMMON(steer), .value = "V[:COEF[%]][@LAYERS][,K=V]",         \
+    { .name = "--steer", .type = ARG_LIST, .offset = OPT_COMMON(steer), .file = ARG_IN, .value = "V[:COEF[%]][@LAYERS][,K=V]",         \
       .help = "steer along the directions of a file: op=add|ablate|cap|floor, at=POSITIONS, site=S, tokens=SCHEDULE, steps=SCHEDULE (docs/steering.md)" }
 #define OPTION_KV                                                                                                      \
     { .name = "--kv", .type = ARG_STR, .offset = OPT_COMMON(kv), .value = "T", .def = "f32",                           \

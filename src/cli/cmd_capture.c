@@ -75,12 +75,12 @@ static int capture_run(const void *args)
     { .name = "--positions", .type = ARG_STR, .offset = AT(positions), .value = "P",                                   \
       .help = "all, prompt, response, last_prompt, first:K or image; without it the response, or last_prompt if a row has none" }
 #define OPTION_ROWS                                                                                                    \
-    { .name = "--data", .type = ARG_STR, .offset = AT(data), .value = "IN.jsonl", .needed = true,                      \
+    { .name = "--data", .type = ARG_STR, .offset = AT(data), .file = ARG_IN, .value = "IN.jsonl", .needed = true,                      \
       .help = "rows {\"prompt\" or \"messages\", \"completion\"?, \"images\"?, \"id\"?}" }
 static const struct arg_option capture_options[] = {
     OPTION_MODEL,
     OPTION_ROWS,
-    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "F.safetensors", .needed = true,
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "F.safetensors", .needed = true,
       .help = "sums and row means: mean.L, var.L, abs.L, rows.L, row_tokens, logprob" },
     { .name = "--layers", .type = ARG_STR, .offset = AT(layers), .value = "L", .def = "all", .help = "3, 3-7, 1,4-6 or all" },
     OPTION_POSITIONS,
@@ -88,7 +88,7 @@ static const struct arg_option capture_options[] = {
       .help = "residual stream before (pre) or after (post) a layer, or what attention (attn) or the MLP (mlp) adds to it; "
               "tower.pre and so on: the same of the vision tower, for rows with images" },
     { .name = "--covariance", .type = ARG_FLAG, .offset = AT(covariance), .help = "also cov.L, added up on the device" },
-    { .name = "--raw", .type = ARG_STR, .offset = AT(raw), .value = "F.safetensors",
+    { .name = "--raw", .type = ARG_STR, .offset = AT(raw), .file = ARG_OUT, .value = "F.safetensors",
       .help = "also every captured token: hidden.L, row, position, token, and the texts" },
     { .name = "--f16", .needs = "--raw", .type = ARG_FLAG, .offset = AT(f16), .help = "--raw as F16; Gemma's largest channels may not fit it" },
     OPTION_LORA,
@@ -172,10 +172,10 @@ static int project_run(const void *args)
 
 static const struct arg_option project_options[] = {
     OPTION_MODEL,
-    { .name = "--direction", .type = ARG_STR, .offset = AT(direction), .value = "V", .needed = true,
+    { .name = "--direction", .type = ARG_STR, .offset = AT(direction), .file = ARG_IN, .value = "V", .needed = true,
       .help = "control vector (.gguf) or directions (.safetensors)" },
     OPTION_ROWS,
-    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "OUT.jsonl", .def = "-",
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "OUT.jsonl", .def = "-",
       .help = "rows {\"id\", \"projection\": {LAYER: mean over the positions}}; - is standard output" },
     OPTION_POSITIONS,
     OPTION_LORA,

@@ -50,8 +50,8 @@ static int convert_run(const void *args)
 #define AT(field) offsetof(struct convert_args, field)
 #define TYPES "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0"
 #define OPTIONS_OUT                                                                                                    \
-    { .name = "--out", .brief = "-o", .type = ARG_STR, .offset = AT(out), .value = "M.gguf", .help = "the language model" }, \
-        { .name = "--mmproj-out", .type = ARG_STR, .offset = AT(mmproj), .value = "P.gguf",                            \
+    { .name = "--out", .brief = "-o", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "M.gguf", .help = "the language model" }, \
+        { .name = "--mmproj-out", .type = ARG_STR, .offset = AT(mmproj), .file = ARG_OUT, .value = "P.gguf",                            \
           .help = "the vision tower and projector, which llama.cpp calls mmproj" }
 static const struct arg_option convert_options[] = {
     OPTIONS_OUT,
@@ -70,7 +70,7 @@ const struct arg_command cmd_convert = {
     .usage = "FOLDER --out M.gguf [--mmproj-out P.gguf] [--type T]",
     .notes = "The folder holds config.json, tokenizer.json and model.safetensors, whole or in shards. llama.cpp loads the result too.",
     .options = convert_options, .n_options = sizeof convert_options / sizeof convert_options[0],
-    .args_bytes = sizeof(struct convert_args), .positional = AT(words), .min_words = 1, .max_words = 1, .word = "FOLDER",
+    .args_bytes = sizeof(struct convert_args), .positional = AT(words), .min_words = 1, .max_words = 1, .words_in = true, .word = "FOLDER",
     .run = convert_run,
 };
 const struct arg_command cmd_quantize = {
@@ -78,6 +78,6 @@ const struct arg_command cmd_quantize = {
     .notes = "MODEL is a GGUF or a Hugging Face folder. Which tensor gets which type follows llama.cpp's rules for Gemma 3: norms are\n"
              "f32, the embedding gets q6_k or q8_0, and q4_k_m and q5_k_m spend more bits on some of attn_v and ffn_down.",
     .options = quantize_options, .n_options = sizeof quantize_options / sizeof quantize_options[0],
-    .args_bytes = sizeof(struct convert_args), .positional = AT(words), .min_words = 1, .max_words = 1, .word = "MODEL",
+    .args_bytes = sizeof(struct convert_args), .positional = AT(words), .min_words = 1, .max_words = 1, .words_in = true, .word = "MODEL",
     .run = convert_run,
 };

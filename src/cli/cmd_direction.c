@@ -20,7 +20,6 @@ static const char *const methods[] = { "mean", "mean_z", "mean_mask", "lda", "pr
 // What a direction is made of: rows of two classes, or one set of rows run twice.
 struct sources {
     struct keel_steer_rows positive, negative, benign;
-    bool paired;
 };
 
 static keel_status read_sources(struct context *c, const struct direction_args *a, struct sources *s)
@@ -31,7 +30,6 @@ static keel_status read_sources(struct context *c, const struct direction_args *
         say(c, KEEL_LOG_ERROR, "give one source: --pairs F, or --positive F and --negative F, or --data F and --shift ADAPTER");
         return KEEL_ERR_ARG;
     }
-    s->paired = !a->positive;
     if (a->pairs) {
         st = keel_steer_pairs_read(&s->positive, &s->negative, c->model, c->images, a->pairs, &c->log);
     } else if (a->data) {
@@ -80,10 +78,6 @@ static keel_status capture_both(struct context *c, const struct direction_args *
 {
     const bool response = s->positive.n_responses == s->positive.n && s->negative.n_responses == s->negative.n;
     keel_status st = context_positions(c, a->positions, response, p);
-    if (st == KEEL_OK && a->benign && p->site >= KEEL_SITE_TOWER) {
-        say(c, KEEL_LOG_ERROR, "--benign measures directions of the language model, --site %s is in the vision tower", a->site);
-        st = KEEL_ERR_ARG;
-    }
     if (st == KEEL_OK) {
         st = capture(c, a, a->shift ? &s->positive : &s->negative, p, neg);
     }
@@ -112,10 +106,6 @@ static keel_status benign_kl(struct context *c, const struct sources *s, const s
     for (uint32_t k = 0; row && st == KEEL_OK && k < d->n; k++) {
         keel_hooks *hooks = NULL;
         double sum = 0, n = 0;
-        kl[k] = NAN;
-        if (d->at[k].k > 1) {
-            continue;
-        }
         st = keel_hooks_create(&hooks, c->model);
         const struct keel_hook_params p = { .site = d->site, .layer = d->at[k].layer, .v = d->at[k].v, .k = 1, .amount = 1 };
         st = st == KEEL_OK ? keel_hooks_add(hooks, &p) : st;
@@ -226,6 +216,51 @@ static void warn(const struct context *c, const struct keel_directions *d, const
 
 // --- the command ---------------------------------------------------------------------------------
 
+static struct keel_direction_params params_of(const struct direction_args *a)
+{
+    return (struct keel_direction_params){ .method = a->method, .k = a->k, .paired = !a->positive, .seed = a->seed };
+}
+
+// Whether the layers that `p` names fit the file.
+static keel_status check_out(const struct context *c, const struct direction_args *a, const struct keel_capture_params *p)
+{
+    const uint32_t n = p->site >= KEEL_SITE_TOWER ? keel_images_layers(c->images) : keel_model_info(c->model)->n_layers;
+    struct keel_directions d = { .site = p->site, .at = calloc(n, sizeof *d.at) };
+    for (uint32_t i = 0; d.at && i < n; i++) {
+        if (p->layers[i]) {
+            d.at[d.n++] = (struct keel_direction){ .layer = i, .k = a->k };
+        }
+    }
+    const keel_status st = d.at ? keel_directions_writable(&d, a->out, &c->log) : KEEL_ERR_NO_MEMORY;
+    free(d.at);
+    return st;
+}
+
+// What can be refused before rows are captured.
+static keel_status check_args(const struct context *c, const struct direction_args *a)
+{
+    const struct keel_direction_params how = params_of(a);
+    struct keel_capture_params p = { 0 };
+    uint8_t *layers = NULL;
+    keel_status st = keel_directions_check(&how, &c->log);
+    if (st == KEEL_OK) {
+        st = context_site(c, a->site, a->layers, &p, &layers);
+    }
+    if (st == KEEL_OK) {
+        st = check_out(c, a, &p);
+    }
+    if (st == KEEL_OK && a->benign && p.site >= KEEL_SITE_TOWER) {
+        say(c, KEEL_LOG_ERROR, "--benign measures directions of the language model, --site %s is in the vision tower", a->site);
+        st = KEEL_ERR_ARG;
+    }
+    if (st == KEEL_OK && a->benign && a->k > 1) {
+        say(c, KEEL_LOG_ERROR, "--benign adds each direction once, and nothing can be added along the subspaces of --rank %u; leave one away", a->k);
+        st = KEEL_ERR_ARG;
+    }
+    free(layers);
+    return st;
+}
+
 static keel_status make(struct context *c, const struct direction_args *a, struct sources *s, struct keel_directions *d)
 {
     struct keel_capture pos = { 0 }, neg = { 0 };
@@ -236,7 +271,7 @@ static keel_status make(struct context *c, const struct direction_args *a, struc
         st = capture_both(c, a, s, &p, &pos, &neg);
     }
     if (st == KEEL_OK) {
-        const struct keel_direction_params how = { .method = a->method, .k = a->k, .paired = s->paired, .seed = a->seed };
+        const struct keel_direction_params how = params_of(a);
         st = keel_directions_estimate(d, &pos, &neg, &how, &c->log);
         d->model_hash = keel_model_hash(c->model);
     }
@@ -255,6 +290,9 @@ static int direction_run(const void *args)
     double *kl = NULL;
     uint32_t longest = 0;
     keel_status st = context_open_model(&c, &a->common);
+    if (st == KEEL_OK) {
+        st = check_args(&c, a);
+    }
     if (st == KEEL_OK) {
         st = read_sources(&c, a, &s);
     }
@@ -299,15 +337,15 @@ static int direction_run(const void *args)
 #define AT(field) offsetof(struct direction_args, field)
 static const struct arg_option options[] = {
     OPTION_MODEL,
-    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "V", .needed = true,
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "V", .needed = true,
       .help = "V.gguf: a control vector for keel, llama.cpp and repeng; V.safetensors: any site, subspaces" },
     { .type = ARG_HEAD, .help = "Source (one)" },
-    { .name = "--pairs", .type = ARG_STR, .offset = AT(pairs), .value = "F",
+    { .name = "--pairs", .type = ARG_STR, .offset = AT(pairs), .file = ARG_IN, .value = "F",
       .help = "JSONL {\"positive\": P, \"negative\": N}: texts, or rows {\"prompt\" or \"messages\", \"completion\"?}" },
-    { .name = "--positive", .type = ARG_STR, .offset = AT(positive), .value = "F", .help = "JSONL rows of one class ..." },
-    { .name = "--negative", .type = ARG_STR, .offset = AT(negative), .value = "F", .help = "... and of the other" },
-    { .name = "--data", .type = ARG_STR, .offset = AT(data), .value = "F", .help = "JSONL rows, run with and without ..." },
-    { .name = "--shift", .type = ARG_STR, .offset = AT(shift), .value = "A[:SCALE]", .help = "... this adapter" },
+    { .name = "--positive", .type = ARG_STR, .offset = AT(positive), .file = ARG_IN, .value = "F", .help = "JSONL rows of one class ..." },
+    { .name = "--negative", .type = ARG_STR, .offset = AT(negative), .file = ARG_IN, .value = "F", .help = "... and of the other" },
+    { .name = "--data", .type = ARG_STR, .offset = AT(data), .file = ARG_IN, .value = "F", .help = "JSONL rows, run with and without ..." },
+    { .name = "--shift", .type = ARG_STR, .offset = AT(shift), .file = ARG_IN, .value = "A[:SCALE]", .help = "... this adapter" },
     { .type = ARG_HEAD, .help = "Direction" },
     { .name = "--method", .type = ARG_STR, .offset = AT(method), .value = "M", .def = "mean_mask", .choice = methods,
       .help = "mean, mean_z, mean_mask, lda, probe; of pairs also pca_diff, pca_center, svd" },
@@ -318,7 +356,7 @@ static const struct arg_option options[] = {
       .help = "all, prompt, response, last_prompt, first:K or image; without it the response, or last_prompt if a row has none" },
     { .name = "--site", .type = ARG_STR, .offset = AT(site), .value = "S", .def = "post", .choice = keel_site_name, .help = "residual stream before (pre) or after (post) a layer, what attention (attn) or the MLP (mlp) adds; tower.pre ...: of the tower" },
     { .name = "--seed", .type = ARG_U64, .offset = AT(seed), .value = "N", .def = "1", .help = "of the checks' halves and random directions" },
-    { .name = "--benign", .type = ARG_STR, .offset = AT(benign), .value = "F",
+    { .name = "--benign", .type = ARG_STR, .offset = AT(benign), .file = ARG_IN, .value = "F",
       .help = "JSONL rows that steering should not disturb: prints the KL when each direction is added once" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print the checks as JSON" },
     OPTION_LORA,

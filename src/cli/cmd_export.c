@@ -27,9 +27,9 @@ static int export_run(const void *args)
 #define AT(field) offsetof(struct export_args, field)
 static const struct arg_option options[] = {
     OPTION_MODEL,
-    { .name = "--adapter", .type = ARG_STR, .offset = AT(from), .value = "A", .needed = true,
+    { .name = "--adapter", .type = ARG_STR, .offset = AT(from), .file = ARG_IN, .value = "A", .needed = true,
       .help = "adapter to read: a GGUF, or a PEFT folder" },
-    { .name = "--out", .type = ARG_STR, .offset = AT(to), .value = "B", .needed = true,
+    { .name = "--out", .type = ARG_STR, .offset = AT(to), .file = ARG_OUT_MADE, .value = "B", .needed = true,
       .help = "adapter to write: NAME.gguf, or a folder for PEFT" },
     OPTIONS_DEVICE,
     OPTIONS_LOG,

@@ -68,10 +68,10 @@ static int merge_run(const void *args)
 
 #define AT(field) offsetof(struct merge_args, field)
 static const struct arg_option options[] = {
-    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL", .needed = true,
+    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .file = ARG_IN, .value = "MODEL", .needed = true,
       .help = "model: a GGUF file, or a Hugging Face folder" },
     OPTION_LORA,
-    { .name = "--out", .brief = "-o", .type = ARG_STR, .offset = AT(out), .value = "M.gguf", .needed = true,
+    { .name = "--out", .brief = "-o", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "M.gguf", .needed = true,
       .help = "the model with the adapters in it" },
     { .name = "--type", .type = ARG_STR, .offset = AT(type), .value = "T",
       .help = "type of the matrices (keel quantize --help lists them); without it they keep theirs" },

@@ -212,9 +212,9 @@ static int score_run(const void *args)
 #define AT(field) offsetof(struct score_args, field)
 static const struct arg_option options[] = {
     OPTION_MODEL,
-    { .name = "--data", .type = ARG_STR, .offset = AT(data), .value = "IN.jsonl", .needed = true,
+    { .name = "--data", .type = ARG_STR, .offset = AT(data), .file = ARG_IN, .value = "IN.jsonl", .needed = true,
       .help = "rows {\"id\", \"prompt\" or \"messages\", \"completion\", \"images\"?}; - is standard input" },
-    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "OUT.jsonl", .def = "-",
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT, .value = "OUT.jsonl", .def = "-",
       .help = "rows {\"id\", \"logprob\", \"n_tokens\", \"token_ids\", \"token_logprobs\"}; - is standard output" },
     OPTION_LORA,
     OPTION_STEER,

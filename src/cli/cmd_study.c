@@ -79,11 +79,11 @@ static int report_run(const void *args)
 
 #define AT(field) offsetof(struct study_args, field)
 static const struct arg_option study_options[] = {
-    { .name = "--out", .type = ARG_STR, .offset = AT(out), .value = "DIR", .needed = true,
+    { .name = "--out", .type = ARG_STR, .offset = AT(out), .file = ARG_OUT_MADE, .value = "DIR", .needed = true,
       .help = "run folder; one that holds this study already is continued" },
-    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL",
+    { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .file = ARG_IN, .value = "MODEL",
       .help = "model, instead of the study file's" },
-    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .value = "FILE",
+    { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .file = ARG_IN, .value = "FILE",
       .help = "image tower and projector (GGUF), instead of the study file's" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },
     OPTIONS_DEVICE,
@@ -93,7 +93,7 @@ const struct arg_command cmd_study = {
     .name = "study", .summary = "evaluate, fine-tune, evaluate again, report the drift", .usage = "STUDY.yaml --out DIR [-m MODEL]",
     .notes = "Exit code 3: a drift budget of the study file was exceeded. The study file's keys: docs/studies.md.",
     .options = study_options, .n_options = sizeof study_options / sizeof study_options[0], .args_bytes = sizeof(struct study_args),
-    .positional = AT(words), .min_words = 1, .max_words = 1, .word = "STUDY.yaml", .run = study_run,
+    .positional = AT(words), .min_words = 1, .max_words = 1, .words_in = true, .word = "STUDY.yaml", .run = study_run,
 };
 
 static const struct arg_option report_options[] = {

@@ -2,6 +2,7 @@
 // cli/main.c: finds the command, parses its options, runs it. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 over a drift budget.
 #include "commands.h"
 #include "cli.h"
+#include "files.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -41,7 +42,8 @@ static int run_command(const struct arg_command *c, int argc, char **argv)
     case ARGS_OK:
         stop_install();
         shipped_resolve(args); // a command's struct begins with the common options
-        code = c->run(args);
+        code = check_files(c, args);
+        code = code == EXIT_DONE ? c->run(args) : code;
         break;
     case ARGS_WRONG: break;
     }

@@ -215,10 +215,9 @@ out:
     return st;
 }
 
-keel_status keel_directions_write(const struct keel_directions *d, const char *path, const keel_log *log)
+keel_status keel_directions_writable(const struct keel_directions *d, const char *path, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    struct keel_file_out file = { 0 };
     if (is_gguf(path)) {
         if (d->site != KEEL_SITE_POST) {
             KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: a control vector is added to what leaves a layer, these directions belong to \"%s\"; "
@@ -233,9 +232,18 @@ keel_status keel_directions_write(const struct keel_directions *d, const char *p
         if (d->n == 1 && d->at[0].layer == 0) {
             KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: a control vector has no place for layer 0; write a .safetensors", path);
         }
-        if (d->n > 0 && d->at[0].layer == 0) {
-            KEEL_WARN(log, "%s: a control vector has no place for layer 0: its direction is left out", path);
-        }
+    }
+out:
+    return st;
+}
+
+keel_status keel_directions_write(const struct keel_directions *d, const char *path, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_file_out file = { 0 };
+    KEEL_TRY(keel_directions_writable(d, path, log));
+    if (is_gguf(path) && d->n > 0 && d->at[0].layer == 0) {
+        KEEL_WARN(log, "%s: a control vector has no place for layer 0: its direction is left out", path);
     }
     KEEL_TRY(keel_file_create(&file, path, log));
     KEEL_TRY(is_gguf(path) ? write_gguf(d, file.f, log) : write_st(d, file.f, log));

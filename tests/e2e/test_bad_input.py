@@ -308,6 +308,34 @@ def test_output_cannot_be_created(keel, tiny_c, tmp_path):
     keel.fails(*train_args(tiny_c, rows, tmp_path / "a.gguf", steps=1, rank=2, log=tmp_path / "no" / "l.jsonl"), says="l.jsonl", leaves=tmp_path)
 
 
+def test_output_over_an_input(keel, tiny_c, tmp_path):
+    """Nothing is read or computed, and no file is touched, where an output is an input, under whatever name, or two outputs are one."""
+    rows = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
+    files = {n: tmp_path / n for n in ("m.gguf", "a.gguf", "v.gguf", "s.yaml")}
+    for f in files.values():
+        f.write_text("not read")
+    m, a, v, study = files.values()
+    (tmp_path / "link").symlink_to(v)
+    (tmp_path / "sub").mkdir()
+    for args in (["train", "-m", m, "--data", f"{rows}:2", "--out", rows], ["train", "-m", m, "--data", rows, "--out", "x.gguf", "--log", rows],
+                 ["train", "-m", m, "--data", rows, "--lora", f"{a}:0.5", "--out", a], ["train", "-m", m, "--data", rows, "--init-adapter", a, "--out", a],
+                 ["train", "-m", m, "--data", rows, "--out", m], ["quantize", m, "--out", f"{tmp_path}/sub/../m.gguf", "--type", "q8_0"],
+                 ["convert", m, "--out", m], ["convert", m, "--out", tmp_path / "new", "--mmproj-out", f"{tmp_path}//sub/../new"],
+                 ["merge", "-m", m, "--lora", a, "--out", m], ["merge", "-m", m, "--lora", f"{a}:2", "--out", a],
+                 ["export", "-m", m, "--adapter", a, "--out", a], ["score", "-m", m, "--data", rows, "--out", rows],
+                 ["capture", "-m", m, "--data", rows, "--out", tmp_path / "new", "--raw", tmp_path / "new"],
+                 ["capture", "-m", m, "--data", rows, "--out", v, "--steer", f"{tmp_path / 'link'}:-1.5@1,3-4,op=add"],
+                 ["direction", "-m", m, "--data", rows, "--shift", f"{a}:2", "--out", a], ["study", study, "-m", m, "--out", study],
+                 ["project", "-m", m, "--direction", v, "--data", rows, "--out", tmp_path / "link"]):
+        before = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+        r = keel(*args, rc=2)
+        assert "overwrite" in r.err or "one file" in r.err, r
+        assert {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
+    # A path that cannot be written is told before the pass, not after it.
+    keel.fails("capture", "-m", tiny_c, "--data", rows, "--out", tmp_path / "no" / "x", "--raw", tmp_path / "raw", says="no/x", leaves=tmp_path)
+    keel.fails("direction", "-m", tiny_c, "--pairs", rows, "--out", tmp_path / "sub", says="sub: cannot be written", leaves=tmp_path)
+
+
 def test_disk_full(keel, tiny_c, tmp_path):
     rows = write_rows(tmp_path / "d.jsonl", texts.SCORE + [{"id": i, **r} for i, r in enumerate(texts.TRAIN)])
     r = keel.fails("score", "-m", tiny_c, "--data", rows, "--out", tmp_path / "o.jsonl", says="o.jsonl", leaves=tmp_path,

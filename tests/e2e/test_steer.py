@@ -720,4 +720,10 @@ def test_bad_data(keel, tiny_a, tmp_path):
     run("--positive", prompts, "--negative", rows, "--positions", "response", says=["row 1", "positions"])
     run("--positive", prompts, "--negative", rows, "--site", "attn", says=["attn", ".safetensors"])
     keel.fails("capture", "-m", tiny_a, "--data", rows, "--out", tmp_path / "c.safetensors", "--positions", "response:", says="response:")
+    keel.fails("capture", "-m", tiny_a, "--data", rows, "--out", tmp_path / "c.safetensors", "--f16", says="--raw", rc=2)
+    # What no rows can mend is refused before they are read: here there are none.
+    none = tmp_path / "none.jsonl"
+    for options, says in ((["--rank", 2], "svd"), (["--method", "svd", "--rank", 2], "one direction a layer"), (["--site", "mlp"], "mlp"),
+                          (["--layers", 0], "layer 0"), (["--method", "svd", "--rank", 2, "--benign", rows, "--out", tmp_path / "v.safetensors"], "--benign")):
+        run("--pairs", none, *options, says=says)
     assert not out.exists()

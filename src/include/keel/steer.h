@@ -119,6 +119,8 @@ KEEL_API keel_status keel_directions_estimate(struct keel_directions *out, const
 // A path ending in .gguf is a control vector as llama.cpp and repeng have it: direction.N is added to what leaves layer N, which
 // is why layer 0 has none there (a warning), and subspaces and other sites need safetensors. Errors: IO, UNSUPPORTED, NO_MEMORY.
 KEEL_API keel_status keel_directions_write(const struct keel_directions *d, const char *path, const keel_log *log);
+// Whether they fit that kind of file: asks for site, layers and k only, so before the directions are there. Errors: UNSUPPORTED.
+KEEL_API keel_status keel_directions_writable(const struct keel_directions *d, const char *path, const keel_log *log);
 // Errors: IO, FORMAT (no directions, other shapes, NaN), NO_MEMORY.
 KEEL_API keel_status keel_directions_read(struct keel_directions *out, const char *path, const keel_log *log);
 
