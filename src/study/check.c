@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// study/check.c: what a study says of steering, directions and layers, held against the model before anything runs: what is wrong in a
-// late stage must not be found when the trainings before it are done. Hooks are made of all words and thrown away; directions that
-// the study has yet to make are stood in for.
+// study/check.c: what a study says of steering, directions, layers and watches, held against model and files before anything runs:
+// what is wrong in a late stage must not be found when the trainings before it are done. Hooks are made of all words and thrown away;
+// directions that the study has yet to make are stood in for.
 #include "along.h"
 #include "run.h"
 #include "study_yaml.h"
@@ -247,12 +247,30 @@ out:
     return st;
 }
 
+static keel_status check_watch(struct study *s, const struct study_stage *stage)
+{
+    keel_status st = KEEL_OK;
+    const struct study_watch *w = &stage->watch;
+    struct keel_probes p = { 0 };
+    char path[4200];
+    keel_study_path(path, s->folder, s->file->eval.slots);
+    look_at(s, "stages", stage->group, "watch", "domain");
+    KEEL_TRY(keel_probes_read(&p, path, NULL, true, s->log));
+    KEEL_TRY(keel_probes_keep(&p, &(struct keel_probe_cell){ w->domain, s->file->narrow_domain, w->modality }));
+out:
+    keel_probes_finish(&p);
+    return st;
+}
+
 keel_status keel_study_check_model(struct study *s)
 {
     keel_status st = KEEL_OK;
     KEEL_TRY(check_directions(s));
     KEEL_TRY(check_trainings(s));
     KEEL_TRY(check_projection(s));
+    for (size_t i = 0; i < s->file->n_stages; i++) {
+        KEEL_TRY(s->file->stage[i].watch.every > 0 ? check_watch(s, &s->file->stage[i]) : KEEL_OK);
+    }
     KEEL_TRY(each_list(s, hook_all));
 out:
     return looked(s, st);

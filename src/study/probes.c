@@ -168,8 +168,9 @@ static bool in_cell(const json_t *row, const struct keel_probe_cell *cell)
                                                 : strcmp(domain, cell->domain) == 0;
 }
 
-void keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell)
+keel_status keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell)
 {
+    keel_status st = KEEL_OK;
     json_t *kept = json_array();
     for (size_t i = 0; i < json_array_size(p->rows); i++) {
         if (in_cell(json_array_get(p->rows, i), cell)) {
@@ -179,6 +180,12 @@ void keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell)
     }
     json_decref(p->rows);
     p->rows = kept;
+    if (keel_probes_count(p) == 0) {
+        KEEL_FAIL(p->log, KEEL_ERR_DATA, "%s: has no probe of domain \"%s\"%s%s to watch", p->file, cell->domain,
+                  cell->modality[0] ? " and modality " : "", cell->modality);
+    }
+out:
+    return st;
 }
 
 // Round r takes one row of every cell that has more than r, in the order given.

@@ -40,10 +40,11 @@ size_t keel_probes_count(const struct keel_probes *p);
 struct keel_row keel_probes_row(const struct keel_probes *p, size_t i);
 
 // Drops the rows that are not of a cell: a domain, "other" (all but `narrow`, which may be NULL) or "all"; of a modality, or of any ("").
+// Errors: DATA (none is left).
 struct keel_probe_cell {
     const char *domain, *narrow, *modality;
 };
-void keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell);
+keel_status keel_probes_keep(struct keel_probes *p, const struct keel_probe_cell *cell);
 
 // Numbers of `max_rows` rows (0: all) in `which` [n], which belongs to the caller (free()): in an order drawn from the seed, one of
 // each domain and modality, then a second of each, and so on; all rows in their own order. Errors: NO_MEMORY.

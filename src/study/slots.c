@@ -98,11 +98,7 @@ keel_status keel_measure_cell(const struct keel_measure *m, const char *in, cons
     double *projection = NULL;
     *out = (struct keel_cell_means){ .projection = NAN };
     KEEL_TRY(keel_probes_read(&p, in, NULL, true, m->log));
-    keel_probes_keep(&p, &(struct keel_probe_cell){ cell->domain, cell->narrow, cell->modality });
-    if (keel_probes_count(&p) == 0) {
-        KEEL_FAIL(m->log, KEEL_ERR_DATA, "%s: has no probe of domain \"%s\"%s%s to watch", in, cell->domain, cell->modality[0] ? " and modality " : "",
-                  cell->modality);
-    }
+    KEEL_TRY(keel_probes_keep(&p, &(struct keel_probe_cell){ cell->domain, cell->narrow, cell->modality }));
     KEEL_TRY(keel_probes_spread(&p, cell->max_rows, cell->seed, &which, &n));
     for (size_t i = 0; i < n; i++) {
         const struct keel_row row = keel_probes_row(&p, which[i]);

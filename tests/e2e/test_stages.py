@@ -381,6 +381,7 @@ stages:
     ("steer: [tone], coef: [1], layers: 1-2", ["steer", "tone", "layer 2"]),
     ("steer: [v.safetensors], coef: [1], layers: 1-9", ["steer", "no layer 9"]),
     ("train: {layers: 1-9}", ["train", "layers", "no layer 9"]),
+    ("train: {}, watch: {domain: none}", ["watch: domain", "slots.jsonl", "none"]),
     ("train: {seq_len: 100000}", ["train", "seq_len", "context"]),
     ("train: {steer: ['v.safetensors:1@9']}", ["train", "steer", "no layer 9"]),
 ])
