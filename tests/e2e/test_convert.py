@@ -544,7 +544,7 @@ def test_wrong_use(keel, folders, tiny_a, tmp_path):
     out = tmp_path / "m.gguf"
     keel.fails("convert", folder, "--out", out, "--type", "q3_k", says="q4_k_m")
     keel.fails("convert", folder, "--mmproj-out", out, says="vision_config")
-    keel.fails("quantize", tiny_a, "--out", tiny_a, "--type", "q8_0", says="another name")
+    keel.fails("quantize", tiny_a, "--out", tiny_a, "--type", "q8_0", says="overwrite", rc=2)
     keel.fails("quantize", tiny_a, "--mmproj-out", out, "--type", "q8_0", says="clip")
     keel.fails("info", tiny_a, "--type", "q8_0", says="quantize")
     keel("convert", folder, rc=2)

@@ -78,7 +78,7 @@ def test_bad_input(keel, tiny, oracle, tiny_a, tiny_c, tmp_path):
     keel.fails("merge", "-m", tiny_a, "--lora", tmp_path / "no.gguf", "--out", out, says="no.gguf")
     keel.fails("merge", "-m", tiny_a, "--lora", f"{tmp_path}/a.gguf:inf", "--out", out, says="scale")
     keel.fails("merge", "-m", tiny_a, "--lora", tmp_path / "a.gguf", "--out", out, "--type", "q9", says="q4_k_m")
-    keel.fails("merge", "-m", tiny_a, "--lora", tmp_path / "a.gguf", "--out", tiny_a, says="adapter")
+    keel.fails("merge", "-m", tiny_a, "--lora", tmp_path / "a.gguf", "--out", tiny_a, says="overwrite", rc=2)
     keel("merge", "-m", tiny_a, "--out", out, rc=2)
     a[0, "attn_q"][0][0, 0] = float("nan")
     lora.write_gguf(tmp_path / "nan.gguf", a, 6)
