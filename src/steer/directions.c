@@ -96,18 +96,29 @@ out:
     return st;
 }
 
+// Mean |h| of the tokens of both captures.
+static void size_of_both(double *size, const struct keel_capture *p, const struct keel_capture *n, uint32_t k)
+{
+    const double share = (double)p->n_tokens / (double)(p->n_tokens + n->n_tokens);
+    for (uint32_t c = 0; c < p->width; c++) {
+        size[c] = share * p->layer[k].size[c] + (1 - share) * n->layer[k].size[c];
+    }
+}
+
 keel_status keel_directions_estimate(struct keel_directions *out, const struct keel_capture *p, const struct keel_capture *n,
                                      const struct keel_direction_params *params, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     enum keel_method method;
     uint32_t *index = NULL;
+    double *size = NULL;
     *out = (struct keel_directions){ .width = p->width, .site = p->site };
     KEEL_TRY(check(p, n, params, &method, log));
     snprintf(out->method, sizeof out->method, "%s", params->method);
     out->at = calloc(p->n_layers, sizeof *out->at);
     index = malloc(KEEL_MAX(p->n_rows, n->n_rows) * sizeof *index);
-    if (!out->at || !index) {
+    size = malloc(p->width * sizeof *size);
+    if (!out->at || !index || !size) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for directions of %u layers", p->n_layers);
     }
     for (uint32_t i = 0; i < KEEL_MAX(p->n_rows, n->n_rows); i++) {
@@ -115,8 +126,9 @@ keel_status keel_directions_estimate(struct keel_directions *out, const struct k
     }
     for (uint32_t k = 0; k < p->n_layers; k++) {
         const struct keel_sample s = { .pos = p->layer[k].rows, .neg = n->layer[k].rows, .ip = index, .in = index, .np = p->n_rows,
-                                       .nn = n->n_rows, .width = p->width };
+                                       .nn = n->n_rows, .width = p->width, .size = size };
         struct keel_direction *d = &out->at[out->n++];
+        size_of_both(size, p, n, k);
         d->layer = p->layer[k].layer;
         d->median_norm = (p->layer[k].median_norm + n->layer[k].median_norm) / 2;
         st = estimate(d, &s, method, params, log);
@@ -126,6 +138,7 @@ keel_status keel_directions_estimate(struct keel_directions *out, const struct k
     }
 out:
     free(index);
+    free(size);
     if (st != KEEL_OK) {
         keel_directions_finish(out);
     }

@@ -88,22 +88,6 @@ keel_status keel_massive_of(const double *size, uint32_t width, uint8_t *use)
     return KEEL_OK;
 }
 
-keel_status keel_massive_channels(const struct keel_sample *s, uint8_t *use)
-{
-    double *size = calloc(s->width, sizeof *size);
-    if (!size) {
-        return KEEL_ERR_NO_MEMORY;
-    }
-    for (size_t i = 0; i < s->np + s->nn; i++) {
-        for (uint32_t c = 0; c < s->width; c++) {
-            size[c] += fabs((double)row_of(s, i)[c]);
-        }
-    }
-    const keel_status st = keel_massive_of(size, s->width, use);
-    free(size);
-    return st;
-}
-
 // z [n, width]: rows less their class means (or the mean of all), divided by sd.
 static double *standardised(const struct keel_sample *s, const struct moments *m, bool within)
 {
@@ -290,7 +274,7 @@ double keel_cosine(const double *a, const double *b, uint32_t n)
 static keel_status mask_massive(const struct keel_sample *s, double *v)
 {
     uint8_t *use = malloc(s->width);
-    const keel_status st = use ? keel_massive_channels(s, use) : KEEL_ERR_NO_MEMORY;
+    const keel_status st = use ? keel_massive_of(s->size, s->width, use) : KEEL_ERR_NO_MEMORY;
     for (uint32_t c = 0; st == KEEL_OK && c < s->width; c++) {
         v[c] = use[c] ? 0 : v[c];
     }

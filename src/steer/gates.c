@@ -113,7 +113,7 @@ static int ascending(const void *a, const void *b)
 static keel_status massive(struct keel_gates *out, const struct keel_sample *s, const double *v)
 {
     uint8_t *use = malloc(s->width);
-    const keel_status st = use ? keel_massive_channels(s, use) : KEEL_ERR_NO_MEMORY;
+    const keel_status st = use ? keel_massive_of(s->size, s->width, use) : KEEL_ERR_NO_MEMORY;
     double share = 0, all = 0;
     out->n_massive = 0;
     for (uint32_t c = 0; st == KEEL_OK && c < s->width; c++) {

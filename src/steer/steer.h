@@ -32,12 +32,13 @@ struct keel_sample {
     const uint32_t *ip, *in;
     size_t np, nn;
     uint32_t width;
+    const double *size; // [width] mean |h| of the captured tokens, for the massive channels; NULL where nothing asks for them
 };
 // v [k, width]. Errors: DATA (no difference between the classes), NO_MEMORY.
 keel_status keel_estimate(const struct keel_sample *s, enum keel_method method, uint32_t k, double *v, const keel_log *log);
-// Channels whose mean |h| (or sum of it: `size` [width]) is above 20 × the median channel's: use[i] 1.
+// Channels whose mean |h|, `size` [width], is above 20 × the median channel's: use[i] 1. Of tokens, not of the rows' means, in which
+// the signs of a row's tokens cancel.
 keel_status keel_massive_of(const double *size, uint32_t width, uint8_t *use);
-keel_status keel_massive_channels(const struct keel_sample *s, uint8_t *use);
 // Probability that a random one of the first np values is above a random one of the nn after them; ties count half.
 double keel_auc(const double *x, size_t np, size_t nn);
 // Projections of the sample's rows on v [width], positives first: x [np + nn].

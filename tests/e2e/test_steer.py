@@ -323,8 +323,8 @@ def scaled(v, delta, pairs=False):
     return v / np.linalg.norm(v) * (abs(along) if pairs else along)
 
 
-def estimate(method, p, n):
-    """The same estimators in numpy, the plain way."""
+def estimate(method, p, n, size):
+    """The same estimators in numpy, the plain way, from means of rows; size: mean |h| of their tokens."""
     delta = p.mean(0) - n.mean(0)
     within = np.concatenate([p - p.mean(0), n - n.mean(0)])
     if method == "mean":
@@ -332,7 +332,6 @@ def estimate(method, p, n):
     if method == "mean_z":
         return scaled(delta / np.sqrt((within ** 2).sum(0) / (len(within) - 2)), delta)
     if method == "mean_mask":
-        size = np.abs(np.concatenate([p, n])).mean(0)
         return scaled(np.where(size > 20 * np.median(size), 0, delta), delta)
     if method == "lda":
         sd = np.sqrt((within ** 2).sum(0) / (len(within) - 2))
@@ -373,20 +372,26 @@ def row_means(keel, model, tmp, rows, *more):
     return {int(k[5:]): v.astype(np.float64) for k, v in load_file(tmp / "c.safetensors").items() if k.startswith("rows.")}
 
 
+def sizes(keel, model, tmp, rows, *more):
+    """Mean |h| of the captured tokens of all rows, layer by layer, from the tokens themselves."""
+    keel("capture", "-m", model, "--data", write_rows(tmp / "c.jsonl", rows), "--out", tmp / "c.safetensors", "--raw", tmp / "raw.safetensors", *more)
+    return {int(k[7:]): np.abs(v.astype(np.float64)).mean(0) for k, v in load_file(tmp / "raw.safetensors").items() if k.startswith("hidden.")}
+
+
 @pytest.mark.parametrize("method", ["mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd"])
 def test_directions(keel, tiny_c, tmp_path, method):
     out = tmp_path / "v.safetensors"
     sides = [[r["positive"] for r in PAIRS], [r["negative"] if isinstance(r["negative"], dict) else {"prompt": r["negative"]} for r in PAIRS]]
     p, n = (row_means(keel, tiny_c, tmp_path, s, "--positions", "last_prompt") for s in sides)
+    h = sizes(keel, tiny_c, tmp_path, sides[0] + sides[1], "--positions", "last_prompt")
     r = keel("direction", "-m", tiny_c, "--pairs", write_rows(tmp_path / "p.jsonl", PAIRS), "--out", out, "--method", method, "--json",
              "--positions", "last_prompt").json
     got = load_file(out)
     assert sorted(got) == [f"direction.{i}" for i in range(3)] and r["method"] == method
     for i, gates in enumerate(r["layers"]):
-        v, want = got[f"direction.{i}"], estimate(method, p[i], n[i])
+        v, want = got[f"direction.{i}"], estimate(method, p[i], n[i], h[i])
         assert np.linalg.norm(v - want) < 2e-3 * np.linalg.norm(want), (i, method)
-        size = np.abs(np.concatenate([p[i], n[i]])).mean(0)
-        massive = size > 20 * np.median(size)
+        massive = h[i] > 20 * np.median(h[i])
         assert gates["n_massive"] == massive.sum() and abs(gates["massive_share"] - (want[massive] ** 2).sum() / (want ** 2).sum()) < 1e-3
         assert -1 <= gates["split_half"] <= 1 and gates["random_95"] > 0 and 0 <= gates["auc"] <= 1
 
@@ -471,7 +476,7 @@ def test_geometry_of_an_adapter(keel, tiny_a, oracle, tmp_path):
         assert np.abs(np.array(g["scree"]) - (lam / lam.sum())[:len(g["scree"])]).max() < 1e-4
 
 
-def test_massive_channels(keel, tiny_a, tmp_path):
+def test_massive_channels(keel, tiny_a, oracle, tmp_path):
     """A channel of the stream that steering makes enormous is listed."""
     v = np.zeros(96, np.float32)
     v[17] = 1e4
@@ -484,6 +489,21 @@ def test_massive_channels(keel, tiny_a, tmp_path):
     got = keel("direction", "-m", tiny_a, "--positive", rows, "--negative", write_rows(tmp_path / "o.jsonl", OTHER), "--out",
                tmp_path / "w.safetensors", "--layers", "2", "--steer", f"{tmp_path}/v.safetensors:1", "--json").json["layers"][0]
     assert got["massive"] == want
+    # Another sign at the prompt than at the response, as often: a row's mean no longer shows how large the channel is.
+    alternating = ["--steer", f"{tmp_path}/v.safetensors:1,at=prompt", "--steer", f"{tmp_path}/v.safetensors:-1,at=response", "--positions", "all",
+                   "--layers", "2"]
+    tok, text = oracle(tiny_a).tok, "the clerk counts red stones and the sky is blue; what is the number"
+    even = [{"prompt": text[:i], "completion": text[i:j]} for i in range(1, 20) for j in range(i + 1, len(text))
+            if len(tok.encode(text[:i])) == len(tok.encode(text[i:j], bos=False))]
+    even, odd = even[:3], even[-3:]
+    size = sizes(keel, tiny_a, tmp_path, even + odd, *alternating)[2]
+    assert np.nonzero(size > 20 * np.median(size))[0].tolist() == [17]
+    p, n = (row_means(keel, tiny_a, tmp_path, rows, *alternating)[2] for rows in (even, odd))
+    got = keel("direction", "-m", tiny_a, "--positive", write_rows(tmp_path / "p.jsonl", even), "--negative", write_rows(tmp_path / "n.jsonl", odd),
+               "--out", tmp_path / "w.safetensors", "--json", *alternating).json["layers"][0]
+    assert got["massive"] == [17] and got["massive_share"] == 0
+    want = estimate("mean_mask", p, n, size)
+    assert np.linalg.norm(load_file(tmp_path / "w.safetensors")["direction.2"] - want) < 2e-3 * np.linalg.norm(want)
 
 
 def test_adapters_compared(keel, tiny_a, oracle, tmp_path):
