@@ -75,10 +75,11 @@ out:
 }
 
 static keel_status estimate(struct keel_direction *out, const struct keel_sample *s, enum keel_method method,
-                            const struct keel_direction_params *p, const keel_log *log)
+                            const struct keel_direction_params *p, bool *found, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     const size_t n = (size_t)p->k * s->width;
+    size_t i = 0;
     double *v = malloc(n * sizeof *v);
     out->k = p->k;
     out->v = malloc(n * sizeof *out->v);
@@ -86,9 +87,15 @@ static keel_status estimate(struct keel_direction *out, const struct keel_sample
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for directions");
     }
     KEEL_TRY(keel_estimate(s, method, p->k, v, log));
+    for (*found = false; i < n && !*found; i++) {
+        *found = v[i] != 0;
+    }
+    if (!*found) {
+        goto out;
+    }
     KEEL_TRY(keel_gates_compute(&out->gates, s, method, p->paired, v, p->seed + out->layer, log));
     out->has_gates = true;
-    for (size_t i = 0; i < n; i++) {
+    for (i = 0; i < n; i++) {
         out->v[i] = (float)v[i];
     }
 out:
@@ -112,6 +119,8 @@ keel_status keel_directions_estimate(struct keel_directions *out, const struct k
     enum keel_method method;
     uint32_t *index = NULL;
     double *size = NULL;
+    bool found;
+    struct keel_text equal = { 0 }; // layers without a direction
     *out = (struct keel_directions){ .width = p->width, .site = p->site };
     KEEL_TRY(check(p, n, params, &method, log));
     snprintf(out->method, sizeof out->method, "%s", params->method);
@@ -131,14 +140,30 @@ keel_status keel_directions_estimate(struct keel_directions *out, const struct k
         size_of_both(size, p, n, k);
         d->layer = p->layer[k].layer;
         d->median_norm = (p->layer[k].median_norm + n->layer[k].median_norm) / 2;
-        st = estimate(d, &s, method, params, log);
+        st = estimate(d, &s, method, params, &found, log);
         if (st != KEEL_OK) {
             KEEL_FAIL(log, st, "layer %u: no direction (reason above)", d->layer);
         }
+        if (!found) {
+            keel_text_addf(&equal, "%s%u", equal.len ? ", " : "", d->layer);
+            free(d->v);
+            *d = (struct keel_direction){ .v = NULL };
+            out->n--;
+        }
+    }
+    if (out->n == 0) {
+        KEEL_FAIL(log, KEEL_ERR_DATA, "the two classes have the same activations in every layer asked for (%s), or none that method %s tells "
+                  "apart: there is no direction between them; choose other layers (--layers, in a study `layers:`), positions or rows",
+                  equal.data ? equal.data : "", params->method);
+    }
+    if (equal.len > 0) {
+        KEEL_WARN(log, "layers %s: the two classes have the same activations there, or none that method %s tells apart: no direction, left out",
+                  equal.data, params->method);
     }
 out:
     free(index);
     free(size);
+    keel_text_finish(&equal);
     if (st != KEEL_OK) {
         keel_directions_finish(out);
     }

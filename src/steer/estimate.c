@@ -13,6 +13,7 @@
 #define LDA_SHRINK 0.1    // share of the identity
 #define PROBE_RIDGE 1.0   // λ of λ/2 |w|² beside the summed log-loss, on standardised channels
 #define PROBE_STEPS 50
+#define EQUAL 1e-12 // differences this small beside the activations are what summing in another order leaves
 
 const char *const keel_method_name[KEEL_N_METHODS] = { "mean", "mean_z", "mean_mask", "lda", "probe", "pca_diff", "pca_center", "svd" };
 
@@ -22,7 +23,17 @@ struct moments {
     double *mp, *mn;   // means
     double *sd;        // within classes
     double *all, *sd_all; // of both classes as one
+    double size;       // length of the classes' means
 };
+
+static double dot(const double *a, const double *b, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += a[i] * b[i];
+    }
+    return sum;
+}
 
 static const float *row_of(const struct keel_sample *s, size_t i)
 {
@@ -38,7 +49,7 @@ static keel_status moments_make(struct moments *m, const struct keel_sample *s, 
         KEEL_ERROR(log, "no memory for moments of %u channels", d);
         return KEEL_ERR_NO_MEMORY;
     }
-    *m = (struct moments){ all, all + d, all + 2 * d, all + 3 * d, all + 4 * d, all + 5 * d };
+    *m = (struct moments){ all, all + d, all + 2 * d, all + 3 * d, all + 4 * d, all + 5 * d, 0 };
     for (size_t i = 0; i < n; i++) {
         for (uint32_t c = 0; c < d; c++) {
             (i < s->np ? m->mp : m->mn)[c] += (double)row_of(s, i)[c] / (double)(i < s->np ? s->np : s->nn);
@@ -63,6 +74,7 @@ static keel_status moments_make(struct moments *m, const struct keel_sample *s, 
         m->sd[c] = KEEL_MAX(m->sd[c], 1e-6 * top + 1e-30);
         m->sd_all[c] = KEEL_MAX(m->sd_all[c], 1e-6 * top_all + 1e-30);
     }
+    m->size = sqrt(dot(m->mp, m->mp, d)) + sqrt(dot(m->mn, m->mn, d));
     return KEEL_OK;
 }
 
@@ -204,7 +216,7 @@ out:
 
 // --- pairs ---------------------------------------------------------------------------------------
 
-static keel_status components(const struct keel_sample *s, enum keel_method method, uint32_t k, double *v, const keel_log *log)
+static keel_status components(const struct keel_sample *s, const struct moments *m, enum keel_method method, uint32_t k, double *v, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     const uint32_t d = s->width;
@@ -234,6 +246,10 @@ static keel_status components(const struct keel_sample *s, enum keel_method meth
             x[i * d + c] -= mean;
         }
     }
+    if (sqrt(dot(x, x, n * d)) <= EQUAL * m->size * sqrt((double)n)) {
+        memset(v, 0, (size_t)k * d * sizeof *v);
+        goto out;
+    }
     KEEL_TRY(keel_top_vectors(x, n, d, k, v, NULL, log));
     for (uint32_t j = 0; j < k; j++) { // points to the positive side for most pairs
         double *u = v + (size_t)j * d;
@@ -257,18 +273,10 @@ out:
 
 // --- all -----------------------------------------------------------------------------------------
 
-static double dot(const double *a, const double *b, uint32_t n)
-{
-    double sum = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        sum += a[i] * b[i];
-    }
-    return sum;
-}
-
 double keel_cosine(const double *a, const double *b, uint32_t n)
 {
-    return dot(a, b, n) / sqrt(dot(a, a, n) * dot(b, b, n));
+    const double size = sqrt(dot(a, a, n)) * sqrt(dot(b, b, n));
+    return size > 0 ? dot(a, b, n) / size : 0;
 }
 
 static keel_status mask_massive(const struct keel_sample *s, double *v)
@@ -288,6 +296,10 @@ keel_status keel_estimate(const struct keel_sample *s, enum keel_method method, 
     const uint32_t d = s->width;
     struct moments m = { 0 };
     KEEL_TRY(moments_make(&m, s, log));
+    if (k == 1 && sqrt(dot(m.delta, m.delta, d)) <= EQUAL * m.size) {
+        memset(v, 0, d * sizeof *v);
+        goto out;
+    }
     memcpy(v, m.delta, d * sizeof *v);
     if (method == KEEL_MEAN_Z) {
         for (uint32_t c = 0; c < d; c++) {
@@ -300,13 +312,13 @@ keel_status keel_estimate(const struct keel_sample *s, enum keel_method method, 
     } else if (method == KEEL_PROBE) {
         KEEL_TRY(probe(s, &m, v, log));
     } else if (keel_method_needs_pairs(method)) {
-        KEEL_TRY(components(s, method, k, v, log));
+        KEEL_TRY(components(s, &m, method, k, v, log));
     }
     const double norm = sqrt(dot(v, v, d));
-    if (!(norm > 0) || !isfinite(norm)) {
-        KEEL_FAIL(log, KEEL_ERR_DATA, "the two classes have the same activations: there is no direction between them");
+    if (!isfinite(norm)) {
+        KEEL_FAIL(log, KEEL_ERR_NUMERIC, "method %s gives a direction that is not finite", keel_method_name[method]);
     }
-    if (k == 1) {
+    if (k == 1 && norm > 0) {
         // One unit of the direction is the distance of the classes along it, whatever the method's own scale; principal components
         // keep the side that most pairs chose.
         const double along = dot(v, m.delta, d) / norm, size = keel_method_needs_pairs(method) ? fabs(along) : along;

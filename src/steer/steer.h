@@ -34,7 +34,7 @@ struct keel_sample {
     uint32_t width;
     const double *size; // [width] mean |h| of the captured tokens, for the massive channels; NULL where nothing asks for them
 };
-// v [k, width]. Errors: DATA (no difference between the classes), NO_MEMORY.
+// v [k, width]; all 0 where the classes do not differ. Errors: DATA (fewer directions than k), NUMERIC, NO_MEMORY.
 keel_status keel_estimate(const struct keel_sample *s, enum keel_method method, uint32_t k, double *v, const keel_log *log);
 // Channels whose mean |h|, `size` [width], is above 20 × the median channel's: use[i] 1. Of tokens, not of the rows' means, in which
 // the signs of a row's tokens cancel.
@@ -44,7 +44,7 @@ double keel_auc(const double *x, size_t np, size_t nn);
 // Projections of the sample's rows on v [width], positives first: x [np + nn].
 void keel_project_sample(const struct keel_sample *s, const double *v, double *x);
 void keel_shuffle(uint32_t *x, size_t n, struct keel_rng *rng);
-double keel_cosine(const double *a, const double *b, uint32_t n);
+double keel_cosine(const double *a, const double *b, uint32_t n); // 0 where one of them is 0
 // Gates of a direction v [width] (k = 1), or of the first of a subspace.
 keel_status keel_gates_compute(struct keel_gates *out, const struct keel_sample *s, enum keel_method method, bool paired,
                                const double *v, uint64_t seed, const keel_log *log);

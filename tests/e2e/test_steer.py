@@ -428,6 +428,30 @@ def test_shift_of_an_adapter(keel, tiny_a, oracle, tmp_path):
     assert len(r["layers"]) == 7
 
 
+def test_layers_without_a_difference(keel, tiny_a, oracle, tmp_path):
+    """What is the same below a trained layer has no direction there: a warning, and the others are made."""
+    a = {k: v for k, v in lora.random_adapter(oracle(tiny_a).config, 3, 5, b_std=0.05).items() if k[0] >= 3}
+    lora.write_gguf(tmp_path / "a.gguf", a, 6)
+    data, out = write_rows(tmp_path / "d.jsonl", ROWS), tmp_path / "v.safetensors"
+    shift = ["direction", "-m", tiny_a, "--data", data, "--shift", tmp_path / "a.gguf", "--out"]
+    r = keel(*shift, out, "--json")
+    assert "layers 0, 1, 2:" in r.err and r.err.count("no direction") == 1 and "warning: warning" not in r.err
+    assert [g["layer"] for g in r.json["layers"]] == [3, 4, 5, 6] and sorted(load_file(out)) == [f"direction.{i}" for i in range(3, 7)]
+    keel.fails(*shift, tmp_path / "none.safetensors", "--layers", "0-2", says=["same activations", "0, 1, 2", "--layers"])
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["mean", "probe", "lda"])
+def test_halves_without_a_difference(keel, tiny_a, tmp_path, method):
+    """A split into halves of equal classes counts as a cosine of 0."""
+    same = [{"prompt": "the sky is", "completion": " blue"}] * 3
+    pos = write_rows(tmp_path / "p.jsonl", [*same, {"prompt": "a stone", "completion": " is red"}])
+    out = tmp_path / "v.safetensors"
+    for g in keel("direction", "-m", tiny_a, "--positive", pos, "--negative", write_rows(tmp_path / "n.jsonl", same + same[:1]), "--method", method,
+                  "--out", out, "--json").json["layers"]:
+        assert abs(g["split_half"]) < 1e-6 and not g["admissible"]
+
+
 def test_project(keel, tiny_a, tmp_path):
     v = {2: vector(1, 96), 4: vector(2, 96, 2)}
     write_directions(tmp_path / "v.safetensors", v)

@@ -111,8 +111,9 @@ struct keel_direction_params {
 // Whether there are such directions, before rows are captured. Errors: ARG (unknown method, a method for pairs without pairs, k of
 // another method than svd).
 KEEL_API keel_status keel_directions_check(const struct keel_direction_params *params, const keel_log *log);
-// Directions that point from `negative` to `positive`, for every layer captured, with their gates. Errors: ARG (unknown method, a
-// method for pairs without pairs, other layers or sites), DATA (fewer than 2 rows of a class, NaN, no difference), NO_MEMORY.
+// Directions that point from `negative` to `positive`, for every layer captured, with their gates. A layer in which the classes do not
+// differ is left out with a warning. Errors: ARG (unknown method, a method for pairs without pairs, other layers or sites), DATA (fewer
+// than 2 rows of a class, NaN, no difference in any layer), NO_MEMORY.
 KEEL_API keel_status keel_directions_estimate(struct keel_directions *out, const struct keel_capture *positive,
                                               const struct keel_capture *negative, const struct keel_direction_params *params,
                                               const keel_log *log);
