@@ -62,12 +62,13 @@ static keel_status overlap(const struct context *c, const char *first, const cha
 {
     struct keel_delta_overlap *o = NULL;
     size_t n = 0;
-    double scale; // does not change where they point
-    char *a = split_scale(first, &scale), *b = split_scale(second, &scale);
+    double scale[2]; // its sign says where they point
+    char *a = split_scale(first, &scale[0]), *b = split_scale(second, &scale[1]);
     json_t *layers = json_array();
-    const keel_status st = a && b ? keel_geometry_adapters(&o, &n, c->model, a, b) : KEEL_ERR_ARG;
+    const keel_status st = a && b ? keel_geometry_adapters(&o, &n, c->model, a, b, (const float[]){ (float)scale[0], (float)scale[1] }) : KEEL_ERR_ARG;
     for (size_t i = 0; i < n; i++) {
-        json_array_append_new(layers, json_pack("{s:i, s:s, s:f, s:f, s:f, s:f, s:f}", "layer", (int)o[i].layer, "module", o[i].module, "cosine",
+        json_array_append_new(layers, json_pack("{s:i, s:s, s:[i, i], s:f, s:f, s:f, s:f, s:f}", "layer", (int)o[i].layer, "module", o[i].module,
+                                                "rank", (int)o[i].rank[0], (int)o[i].rank[1], "cosine",
                                                 o[i].cosine, "in", o[i].in, "random_in", o[i].random_in, "out", o[i].out, "random_out",
                                                 o[i].random_out));
     }
@@ -98,16 +99,17 @@ static keel_status weights(const struct context *c, const struct arg_list *adapt
 static keel_status angles_of_layer(const struct context *c, const struct keel_direction *x, const struct keel_direction *y, uint32_t width,
                                    json_t *list)
 {
-    const uint32_t n = x->k < y->k ? x->k : y->k;
-    double *cosines = calloc(n, sizeof *cosines), value;
-    const keel_status st = cosines ? keel_geometry_overlap(x, y, width, cosines, &value, &c->log) : KEEL_ERR_NO_MEMORY;
+    uint32_t rank[2];
+    double *cosines = calloc(x->k < y->k ? x->k : y->k, sizeof *cosines), value;
+    const keel_status st = cosines ? keel_geometry_overlap(x, y, width, cosines, &value, rank, &c->log) : KEEL_ERR_NO_MEMORY;
     if (st == KEEL_OK) {
         json_t *all = json_array();
-        for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t i = 0; i < rank[0] && i < rank[1]; i++) {
             json_array_append_new(all, json_real(cosines[i]));
         }
-        json_array_append_new(list, json_pack("{s:i, s:f, s:f, s:o}", "layer", (int)x->layer, "overlap", value, "random",
-                                              (double)(x->k > y->k ? x->k : y->k) / width, "cosines", all));
+        json_array_append_new(list, json_pack("{s:i, s:[i, i], s:f, s:f, s:o}", "layer", (int)x->layer, "rank", (int)rank[0], (int)rank[1],
+                                              "overlap", value, "random", (double)(rank[0] > rank[1] ? rank[0] : rank[1]) / width,
+                                              "cosines", all));
     }
     free(cosines);
     return st;

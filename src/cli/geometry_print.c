@@ -40,11 +40,12 @@ static void print_overlap(const json_t *o)
     size_t i;
     json_t *l;
     const json_t *of = json_object_get(o, "of");
-    printf("\ndW of %s and %s\nlayer  module         cosine  overlap in  (random)  overlap out  (random)\n",
+    printf("\ndW of %s and %s\nlayer  module        ranks      cosine  overlap in  (random)  overlap out  (random)\n",
            json_string_value(json_array_get(of, 0)), json_string_value(json_array_get(of, 1)));
     json_array_foreach(json_object_get(o, "layers"), i, l) {
-        printf("%5d  %-12s %8.4f %11.4f %9.4f %12.4f %9.4f\n", layer(l), text(l, "module"), number(l, "cosine"), number(l, "in"),
-               number(l, "random_in"), number(l, "out"), number(l, "random_out"));
+        const json_t *rank = json_object_get(l, "rank");
+        printf("%5d  %-12s %4.0f %4.0f %9.4f %11.4f %9.4f %12.4f %9.4f\n", layer(l), text(l, "module"), element(rank, 0), element(rank, 1),
+               number(l, "cosine"), number(l, "in"), number(l, "random_in"), number(l, "out"), number(l, "random_out"));
     }
 }
 

@@ -21,6 +21,22 @@ static void small_gram(double *g, const float *x, uint32_t r, uint32_t n, bool t
     }
 }
 
+// Makes a gram matrix g its columns V √λ: a square root up to a rotation, which does not matter. values [r]: λ, ascending.
+static keel_status root(double *g, uint32_t r, double *values, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    if (LAPACKE_dsyev(LAPACK_ROW_MAJOR, 'V', 'U', (lapack_int)r, g, (lapack_int)r, values) != 0) {
+        KEEL_FAIL(log, KEEL_ERR_NUMERIC, "the spectrum of an adapter of rank %u did not converge", r);
+    }
+    for (uint32_t i = 0; i < r; i++) {
+        for (uint32_t j = 0; j < r; j++) {
+            g[i * r + j] *= sqrt(KEEL_MAX(values[j], 0));
+        }
+    }
+out:
+    return st;
+}
+
 // Squared singular values of B A, ascending, from BᵀB and A Aᵀ (both destroyed): the eigenvalues of (A Aᵀ)½ BᵀB (A Aᵀ)½.
 static keel_status product_spectrum(double *gb, double *ga, uint32_t r, double *values, const keel_log *log)
 {
@@ -29,14 +45,7 @@ static keel_status product_spectrum(double *gb, double *ga, uint32_t r, double *
     if (!m || !t) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for the spectrum of an adapter of rank %u", r);
     }
-    if (LAPACKE_dsyev(LAPACK_ROW_MAJOR, 'V', 'U', (lapack_int)r, ga, (lapack_int)r, values) != 0) {
-        KEEL_FAIL(log, KEEL_ERR_NUMERIC, "the spectrum of an adapter of rank %u did not converge", r);
-    }
-    for (uint32_t i = 0; i < r; i++) { // columns of V √λ: a square root up to a rotation, which does not matter
-        for (uint32_t j = 0; j < r; j++) {
-            ga[i * r + j] *= sqrt(KEEL_MAX(values[j], 0));
-        }
-    }
+    KEEL_TRY(root(ga, r, values, log));
     for (uint32_t i = 0; i < r; i++) {
         for (uint32_t j = 0; j < r; j++) {
             for (uint32_t k = 0; k < r; k++) {
@@ -157,23 +166,50 @@ out:
 
 // --- two adapters --------------------------------------------------------------------------------
 
-// Columns of b [n, r] as rows.
-static float *columns(const float *b, uint32_t n, uint32_t r)
+// Rows that span what ΔW reads (out false: x [r, in]) or writes (out true: x [r, out]). Not the rows of A and the columns of B as they
+// are: where one of the two lacks rank, what the other has there is never seen.
+static keel_status space_of(float **x, const struct factors *f, bool out, const keel_log *log)
 {
-    float *t = malloc((size_t)n * r * sizeof *t);
-    for (size_t i = 0; t && i < (size_t)n * r; i++) {
-        t[i % r * n + i / r] = b[i];
+    keel_status st = KEEL_OK;
+    const uint32_t r = f->r, width = out ? f->out : f->in;
+    double *g = malloc((size_t)r * r * sizeof *g), *values = malloc(r * sizeof *values);
+    *x = malloc((size_t)r * width * sizeof **x);
+    if (!g || !values || !*x) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory to compare adapters of rank %u", r);
     }
-    return t;
+    small_gram(g, out ? f->a : f->b, r, out ? f->in : f->out, !out);
+    KEEL_TRY(root(g, r, values, log));
+    for (uint32_t i = 0; i < r; i++) {
+        for (size_t c = 0; c < width; c++) {
+            double sum = 0;
+            for (uint32_t j = 0; j < r; j++) {
+                sum += g[j * r + i] * (double)(out ? f->b[c * r + j] : f->a[j * (size_t)width + c]);
+            }
+            (*x)[i * (size_t)width + c] = (float)sum;
+        }
+    }
+out:
+    free(g);
+    free(values);
+    return st;
 }
 
-// Overlap of the spaces of two sets of rows, x [k, width] and y [m, width].
-static keel_status overlap_of(double *out, float *x, uint32_t k, float *y, uint32_t m, uint32_t width, const keel_log *log)
+// Overlap of the spaces that two ΔW read or write.
+static keel_status overlap_of(double *overlap, const struct factors *x, const struct factors *y, bool out, uint32_t rank[2], const keel_log *log)
 {
-    double *cosines = malloc(KEEL_MIN(k, m) * sizeof *cosines);
-    const struct keel_direction a = { .k = k, .v = x }, b = { .k = m, .v = y };
-    const keel_status st = cosines ? keel_geometry_overlap(&a, &b, width, cosines, out, log) : KEEL_ERR_NO_MEMORY;
+    keel_status st = KEEL_OK;
+    double *cosines = malloc(KEEL_MIN(x->r, y->r) * sizeof *cosines);
+    struct keel_direction a = { .k = x->r }, b = { .k = y->r };
+    if (!cosines) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory to compare adapters of rank %u and %u", x->r, y->r);
+    }
+    KEEL_TRY(space_of(&a.v, x, out, log));
+    KEEL_TRY(space_of(&b.v, y, out, log));
+    KEEL_TRY(keel_geometry_overlap(&a, &b, out ? x->out : x->in, cosines, overlap, rank, log));
+out:
     free(cosines);
+    free(a.v);
+    free(b.v);
     return st;
 }
 
@@ -199,23 +235,18 @@ static double inner(const struct factors *x, const struct factors *y)
 static keel_status compare(struct keel_delta_overlap *o, const struct factors *x, const struct factors *y, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    const uint32_t larger = KEEL_MAX(x->r, y->r);
-    float *bx = columns(x->b, x->out, x->r), *by = columns(y->b, y->out, y->r);
-    if (!bx || !by) {
-        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory to compare adapters of rank %u and %u", x->r, y->r);
-    }
     o->cosine = inner(x, y) / sqrt(inner(x, x) * inner(y, y));
+    KEEL_TRY(overlap_of(&o->in, x, y, false, o->rank, log));
+    KEEL_TRY(overlap_of(&o->out, x, y, true, o->rank, log));
+    const uint32_t larger = KEEL_MAX(o->rank[0], o->rank[1]);
     o->random_in = KEEL_MIN(1, (double)larger / x->in);
     o->random_out = KEEL_MIN(1, (double)larger / x->out);
-    KEEL_TRY(overlap_of(&o->in, x->a, x->r, y->a, y->r, x->in, log));
-    KEEL_TRY(overlap_of(&o->out, bx, x->r, by, y->r, x->out, log));
 out:
-    free(bx);
-    free(by);
     return st;
 }
 
-keel_status keel_geometry_adapters(struct keel_delta_overlap **out, size_t *n, keel_model *model, const char *first, const char *second)
+keel_status keel_geometry_adapters(struct keel_delta_overlap **out, size_t *n, keel_model *model, const char *first, const char *second,
+                                   const float scale[2])
 {
     keel_status st = KEEL_OK;
     keel_device *dev = keel_model_device(model);
@@ -224,8 +255,8 @@ keel_status keel_geometry_adapters(struct keel_delta_overlap **out, size_t *n, k
     struct factors x = { 0 }, y = { 0 };
     *out = NULL;
     *n = 0;
-    KEEL_TRY(keel_adapter_load(&a, model, first, 1));
-    KEEL_TRY(keel_adapter_load(&b, model, second, 1));
+    KEEL_TRY(keel_adapter_load(&a, model, first, scale[0]));
+    KEEL_TRY(keel_adapter_load(&b, model, second, scale[1]));
     *out = calloc((size_t)a->n_layers * KEEL_N_PROJ, sizeof **out);
     if (!*out) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for the geometry of %s", first);

@@ -123,12 +123,17 @@ out:
 
 // --- subspaces -----------------------------------------------------------------------------------
 
-// Orthonormal columns q [width, k] that span the rows of v [k, width].
-static keel_status orthonormal(double *q, const float *v, uint32_t k, uint32_t width, const keel_log *log)
+// Beside the longest of what is left of them: rows are of 24 bits, so that dependent ones leave about 1e-7.
+#define RANK_TOL 1e-6
+
+// Orthonormal columns q [width, k] of which the first *rank span the rows of v [k, width]. QR takes the longest remaining row first, so
+// that rows which depend on others come last and are not counted.
+static keel_status orthonormal(double *q, const float *v, uint32_t k, uint32_t width, uint32_t *rank, const keel_log *log)
 {
     keel_status st = KEEL_OK;
     double *tau = malloc(k * sizeof *tau);
-    if (!tau) {
+    lapack_int *pivot = calloc(k, sizeof *pivot);
+    if (!tau || !pivot) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for a subspace of %u directions", k);
     }
     for (uint32_t j = 0; j < k; j++) {
@@ -136,35 +141,45 @@ static keel_status orthonormal(double *q, const float *v, uint32_t k, uint32_t w
             q[(size_t)c * k + j] = (double)v[(size_t)j * width + c];
         }
     }
-    if (LAPACKE_dgeqrf(LAPACK_ROW_MAJOR, (lapack_int)width, (lapack_int)k, q, (lapack_int)k, tau) != 0 ||
-        LAPACKE_dorgqr(LAPACK_ROW_MAJOR, (lapack_int)width, (lapack_int)k, (lapack_int)k, q, (lapack_int)k, tau) != 0) {
+    if (LAPACKE_dgeqp3(LAPACK_ROW_MAJOR, (lapack_int)width, (lapack_int)k, q, (lapack_int)k, pivot, tau) != 0) {
+        KEEL_FAIL(log, KEEL_ERR_NUMERIC, "a subspace of %u directions cannot be made orthonormal", k);
+    }
+    for (*rank = 0; *rank < k && fabs(q[(size_t)*rank * k + *rank]) > RANK_TOL * fabs(q[0]); ++*rank) {
+    }
+    if (LAPACKE_dorgqr(LAPACK_ROW_MAJOR, (lapack_int)width, (lapack_int)k, (lapack_int)k, q, (lapack_int)k, tau) != 0) {
         KEEL_FAIL(log, KEEL_ERR_NUMERIC, "a subspace of %u directions cannot be made orthonormal", k);
     }
 out:
     free(tau);
+    free(pivot);
     return st;
 }
 
 keel_status keel_geometry_overlap(const struct keel_direction *a, const struct keel_direction *b, uint32_t width, double *cosines,
-                                  double *overlap, const keel_log *log)
+                                  double *overlap, uint32_t rank[2], const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    const uint32_t k = a->k, m = b->k, n = KEEL_MIN(k, m);
+    const uint32_t k = a->k, m = b->k;
     double *p = malloc((size_t)width * k * sizeof *p), *q = malloc((size_t)width * m * sizeof *q);
-    double *c = calloc((size_t)k * m, sizeof *c), *rest = malloc((size_t)n * sizeof *rest);
+    double *c = calloc((size_t)k * m, sizeof *c), *rest = malloc((size_t)KEEL_MIN(k, m) * sizeof *rest);
     if (!p || !q || !c || !rest) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory to compare subspaces of %u and %u directions", k, m);
     }
-    KEEL_TRY(orthonormal(p, a->v, k, width, log));
-    KEEL_TRY(orthonormal(q, b->v, m, width, log));
+    KEEL_TRY(orthonormal(p, a->v, k, width, &rank[0], log));
+    KEEL_TRY(orthonormal(q, b->v, m, width, &rank[1], log));
+    const uint32_t r = rank[0], s = rank[1], n = KEEL_MIN(r, s);
+    if (n == 0) {
+        KEEL_FAIL(log, KEEL_ERR_DATA, "layer %u: the %s direction has length 0: there is no angle to it; leave this layer out", a->layer,
+                  r == 0 ? "first" : "other");
+    }
     for (uint32_t x = 0; x < width; x++) {
-        for (uint32_t i = 0; i < k; i++) {
-            for (uint32_t j = 0; j < m; j++) {
-                c[(size_t)i * m + j] += p[(size_t)x * k + i] * q[(size_t)x * m + j];
+        for (uint32_t i = 0; i < r; i++) {
+            for (uint32_t j = 0; j < s; j++) {
+                c[(size_t)i * s + j] += p[(size_t)x * k + i] * q[(size_t)x * m + j];
             }
         }
     }
-    if (LAPACKE_dgesvd(LAPACK_ROW_MAJOR, 'N', 'N', (lapack_int)k, (lapack_int)m, c, (lapack_int)m, cosines, NULL, 1, NULL, 1, rest) != 0) {
+    if (LAPACKE_dgesvd(LAPACK_ROW_MAJOR, 'N', 'N', (lapack_int)r, (lapack_int)s, c, (lapack_int)s, cosines, NULL, 1, NULL, 1, rest) != 0) {
         KEEL_FAIL(log, KEEL_ERR_NUMERIC, "the angles between subspaces of %u and %u directions did not converge", k, m);
     }
     *overlap = 0;

@@ -553,6 +553,26 @@ def test_adapters_compared(keel, tiny_a, oracle, tmp_path):
         assert np.abs(np.array(g["cosines"]) - np.linalg.svd(u[0] @ u[1].T, compute_uv=False)).max() < 1e-3
 
 
+def test_adapters_of_lower_rank_compared(keel, tiny_a, oracle, tmp_path):
+    """Spaces of ΔW, not of A and B, where B lacks rank; a negative scale turns the cosine's sign."""
+    a = lora.random_adapter(oracle(tiny_a).config, 4, 5, b_std=0.05)
+    b = lora.random_adapter(oracle(tiny_a).config, 3, 6, b_std=0.05)
+    for _, up in a.values():
+        up[:, 1] = 0
+        up[:, 2] = 2 * up[:, 0]
+    for name, x in (("a", a), ("b", b)):
+        lora.write_gguf(tmp_path / f"{name}.gguf", x, 6)
+    compare = lambda *scale: keel("geometry", "-m", tiny_a, "--adapter", f"{tmp_path}/a.gguf:{scale[0]}", "--adapter", f"{tmp_path}/b.gguf:{scale[1]}",
+                                  "--json").json["overlaps"][0]["layers"]
+    for g, turned in zip(compare(1, 2), compare(1, -0.5)):
+        dx, dy = (up.astype(np.float64) @ down for down, up in (x[g["layer"], g["module"]] for x in (a, b)))
+        (ux, _, vx), (uy, _, vy) = (np.linalg.svd(d, full_matrices=False) for d in (dx, dy))
+        assert g["rank"] == [2, 3] and abs(g["cosine"] - (dx * dy).sum() / np.linalg.norm(dx) / np.linalg.norm(dy)) < 1e-6
+        assert abs(g["in"] - np.linalg.norm(vx[:2] @ vy[:3].T) ** 2 / 2) < 1e-5 and abs(g["out"] - np.linalg.norm(ux[:, :2].T @ uy[:, :3]) ** 2 / 2) < 1e-5
+        assert abs(g["random_in"] - 3 / dx.shape[1]) < 1e-9 and abs(g["random_out"] - 3 / dx.shape[0]) < 1e-9
+        assert abs(turned["cosine"] + g["cosine"]) < 1e-9 and abs(turned["in"] - g["in"]) < 1e-9
+
+
 def auc(x, y):
     return np.mean((x[:, None] > y[None]) + 0.5 * (x[:, None] == y[None]))
 
@@ -612,6 +632,14 @@ def test_principal_angles(keel, tmp_path):
     c = write_directions(tmp_path / "c.safetensors", {1: vector(1, 64)})
     keel.fails("geometry", "--direction", a, "--other", c, says=["64", "96"])
     keel.fails("geometry", "--direction", a, says="--other")
+    # Rows that depend on others, or are 0, add no dimension to a space; a direction of length 0 is none.
+    e = np.concatenate([w, [w[0] - 2 * w[1], 0 * w[0]]]).astype(np.float32)
+    e[1] *= 1e-3
+    e[3] = e[0] - 2 * e[1]
+    flat = write_directions(tmp_path / "e.safetensors", {1: e})
+    got, = keel("geometry", "--direction", a, "--other", flat, "--json").json["angles"][0]["layers"]
+    assert got["rank"] == [4, 3] and np.abs(np.array(got["cosines"]) - want).max() < 1e-5
+    assert abs(got["overlap"] - (want ** 2).mean()) < 1e-5 and abs(got["random"] - 4 / 96) < 1e-9
 
 
 # --- control vectors -----------------------------------------------------------------------------

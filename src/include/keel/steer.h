@@ -177,10 +177,11 @@ struct keel_shift_geometry {
 // moved, for keel_geometry_overlap(); to be finished by the caller. Errors: NO_MEMORY, NUMERIC.
 KEEL_API keel_status keel_geometry_shift(struct keel_shift_geometry *out, struct keel_directions *spaces, uint32_t k,
                                          const struct keel_capture *after, const struct keel_capture *before, const keel_log *log);
-// Cosines of the principal angles between the spaces of two directions, descending, [min(a->k, b->k)]; overlap: the mean of their
-// squares. Random spaces of k and m dimensions overlap by about max(k, m) / width. Errors: NO_MEMORY, NUMERIC.
+// Cosines of the principal angles between the spaces of two directions, descending, [min(rank)] of room for [min(a->k, b->k)]; overlap:
+// the mean of their squares. rank: dimensions of the two spaces, fewer than k where rows depend on others. Random spaces of r and s
+// dimensions overlap by about max(r, s) / width. Errors: DATA (a direction of length 0), NO_MEMORY, NUMERIC.
 KEEL_API keel_status keel_geometry_overlap(const struct keel_direction *a, const struct keel_direction *b, uint32_t width,
-                                           double *cosines, double *overlap, const keel_log *log);
+                                           double *cosines, double *overlap, uint32_t rank[2], const keel_log *log);
 // What an adapter adds to one weight matrix: norms of ΔW = scale · B A, found without forming it; stable rank |ΔW|²_F / |ΔW|²_2.
 struct keel_delta {
     uint32_t layer, rank;
@@ -195,12 +196,13 @@ struct keel_delta_overlap {
     uint32_t layer;
     const char *module;
     double cosine;                // of the two ΔW as vectors; random ones: about 0
+    uint32_t rank[2];             // of the two ΔW: dimensions of those spaces
     double in, out;               // overlap (mean squared cosine of principal angles) of the spaces they read from and write to
     double random_in, random_out; // of random spaces of their ranks
 };
-// As keel_geometry_adapter(); matrices that only one of them changes are left out.
+// As keel_geometry_adapter(), scale [2] of the two; matrices that only one of them changes are left out.
 KEEL_API keel_status keel_geometry_adapters(struct keel_delta_overlap **out, size_t *n, keel_model *model, const char *first,
-                                            const char *second);
+                                            const char *second, const float scale[2]);
 
 // How well a linear probe (ridge logistic regression on standardised channels, as method "probe") tells positive rows from negative
 // ones, at each layer, within a set and from set to set.
