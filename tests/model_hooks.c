@@ -335,6 +335,32 @@ static void test_errors(void **state)
     assert_int_equal(keel_hooks_add(h, &floor), KEEL_ERR_ARG);
     assert_logged(&log, "contradict");
     assert_int_equal(keel_hooks_count(h), 1);
+    float opposite[64];
+    for (uint32_t i = 0; i < 64; i++) {
+        opposite[i] = -v[i];
+    }
+    const enum keel_position_kind sets[][2] = { { KEEL_AT_PROMPT, KEEL_AT_RESPONSE }, { KEEL_AT_DECODE, KEEL_AT_LAST_PROMPT }, { KEEL_AT_FIRST, KEEL_AT_RESPONSE } };
+    for (uint32_t i = 0; i < KEEL_COUNT(sets); i++) { // on other tokens limits do not meet; the last two sets do
+        struct keel_hook_params low = cap, high = floor;
+        low.layer = high.layer = 3 + i;
+        low.at = (struct keel_positions){ .kind = sets[i][0], .k = sets[i][0] == KEEL_AT_FIRST ? 2 : 0 };
+        high.at.kind = sets[i][1];
+        assert_int_equal(keel_hooks_add(h, &low), KEEL_OK);
+        assert_int_equal(keel_hooks_add(h, &high), i < 2 ? KEEL_OK : KEEL_ERR_ARG);
+    }
+    const struct { // along -v in layer 2, where v has a cap of 1
+        enum keel_hook_op op;
+        float amount;
+        keel_status want;
+    } against[] = { { KEEL_HOOK_CAP, -2, KEEL_ERR_ARG }, { KEEL_HOOK_FLOOR, -3, KEEL_OK }, { KEEL_HOOK_CAP, 0, KEEL_OK } };
+    for (uint32_t i = 0; i < KEEL_COUNT(against); i++) {
+        log.n = 0;
+        assert_int_equal(keel_hooks_add(h, &(struct keel_hook_params){ .layer = 2, .op = against[i].op, .v = opposite, .k = 1, .amount = against[i].amount }),
+                         against[i].want);
+        if (against[i].want != KEEL_OK) {
+            assert_logged(&log, "opposite direction contradict");
+        }
+    }
 
     struct keel_positions at;
     uint8_t use[7];

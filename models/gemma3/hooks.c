@@ -269,21 +269,39 @@ out:
     return st;
 }
 
-// Hooks of one place that undo each other. `v` is normalised.
+// Whether a token can be one of both. Images stand in prompts.
+static bool can_meet(const struct keel_positions *a, const struct keel_positions *b)
+{
+    const enum keel_position_kind kind[2] = { a->kind, b->kind };
+    bool response[2];
+    for (int i = 0; i < 2; i++) {
+        if (kind[i] == KEEL_AT_ALL) {
+            return true;
+        }
+        response[i] = kind[i] == KEEL_AT_RESPONSE || kind[i] == KEEL_AT_FIRST || kind[i] == KEEL_AT_DECODE;
+    }
+    return response[0] == response[1];
+}
+
+// Limits of one place that no activation keeps at once. `v` is normalised; a cap along the opposite direction is a floor along v.
 static keel_status check_others(const keel_hooks *h, const struct keel_hook_params *p, const float *v)
 {
+    static const char *const name[] = { [KEEL_HOOK_CAP] = "cap", [KEEL_HOOK_FLOOR] = "floor" };
     keel_status st = KEEL_OK;
     const uint32_t width = width_at(h, p->site);
-    for (uint32_t i = 0; i < h->n; i++) {
+    for (uint32_t i = 0; i < h->n && (p->op == KEEL_HOOK_CAP || p->op == KEEL_HOOK_FLOOR); i++) {
         const struct hook *o = &h->hook[i];
-        const bool limits = (o->op == KEEL_HOOK_CAP && p->op == KEEL_HOOK_FLOOR) || (o->op == KEEL_HOOK_FLOOR && p->op == KEEL_HOOK_CAP);
-        if (!limits || o->site != p->site || o->layer != p->layer || dot(o->v, v, width) < 0.999) {
+        if ((o->op != KEEL_HOOK_CAP && o->op != KEEL_HOOK_FLOOR) || o->site != p->site || o->layer != p->layer ||
+            !can_meet(&h->set[o->set].at, &p->at)) {
             continue;
         }
-        const float cap = p->op == KEEL_HOOK_CAP ? p->amount : o->amount, floor = p->op == KEEL_HOOK_FLOOR ? p->amount : o->amount;
-        if (floor > cap) {
-            KEEL_FAIL(h->model->log, KEEL_ERR_ARG, "layer %u, %s: a floor of %g above a cap of %g along the same direction: they "
-                      "contradict each other", p->layer, keel_site_name[p->site], (double)floor, (double)cap);
+        const double cosine = dot(o->v, v, width), theirs = (cosine < 0 ? -1.0 : 1.0) * (double)o->amount, ours = (double)p->amount;
+        const bool above = (o->op == KEEL_HOOK_CAP) == (cosine > 0), cap = p->op == KEEL_HOOK_CAP; // what each limits along v from above
+        if (fabs(cosine) >= 0.999 && above != cap && (cap ? theirs > ours : ours > theirs)) {
+            KEEL_FAIL(h->model->log, KEEL_ERR_ARG, "layer %u, %s: a %s of %g and a %s of %g along %s direction contradict each other: no "
+                      "activation keeps both; change one, or give them tokens that do not meet (at=prompt, at=response)", p->layer,
+                      keel_site_name[p->site], name[o->op], (double)o->amount, name[p->op], (double)p->amount,
+                      cosine > 0 ? "the same" : "the opposite");
         }
     }
 out:
