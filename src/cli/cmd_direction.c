@@ -209,7 +209,7 @@ static void warn(const struct context *c, const struct keel_directions *d, const
         bad += !d->at[i].gates.admissible || (kl && kl[i] > 0.1);
     }
     if (bad > 0) {
-        say(c, KEEL_LOG_WARN, "warning: %u of %u directions fail a check (split-half cosine >= 0.5, massive channels < 5 %%, effect above "
+        say(c, KEEL_LOG_WARN, "%u of %u directions fail a check (split-half cosine >= 0.5, massive channels < 5 %%, effect above "
             "random, benign KL <= 0.1): effects of these say little", bad, d->n);
     }
 }

@@ -377,8 +377,16 @@ static keel_status read_st(struct keel_directions *d, const struct keel_map *map
     KEEL_TRY(keel_st_parse(&s, map->data, map->len_bytes, path, log));
     const char *site = keel_st_meta(s, "keel.site"), *method = keel_st_meta(s, "keel.method"), *hash = keel_st_meta(s, "keel.model_hash");
     d->site = KEEL_SITE_POST;
-    for (uint32_t i = 0; site && i < KEEL_N_SITES; i++) {
-        d->site = strcmp(site, keel_site_name[i]) == 0 ? (enum keel_site)i : d->site;
+    if (site) {
+        uint32_t i = 0;
+        while (i < KEEL_N_SITES && strcmp(site, keel_site_name[i]) != 0) {
+            i++;
+        }
+        if (i == KEEL_N_SITES) {
+            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: its directions are for a site \"%s\", which is unknown; keel.site is pre, post, attn or mlp, or "
+                      "tower.pre and so on", path, site);
+        }
+        d->site = (enum keel_site)i;
     }
     snprintf(d->method, sizeof d->method, "%s", method ? method : "unknown");
     d->model_hash = hash ? strtoull(hash, NULL, 16) : 0;
@@ -416,6 +424,7 @@ keel_status keel_directions_read(struct keel_directions *out, const char *path, 
     }
     qsort(out->at, out->n, sizeof *out->at, by_layer);
     for (uint32_t i = 0; i < out->n; i++) {
+        double length = 0;
         if (i > 0 && out->at[i].layer == out->at[i - 1].layer) {
             KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: two directions for layer %u", path, out->at[i].layer);
         }
@@ -423,6 +432,12 @@ keel_status keel_directions_read(struct keel_directions *out, const char *path, 
             if (!isfinite(out->at[i].v[c])) {
                 KEEL_FAIL(log, KEEL_ERR_NUMERIC, "%s: the direction of layer %u holds NaN or infinity", path, out->at[i].layer);
             }
+        }
+        for (uint32_t k = 0; k < out->at[i].k; k++) {
+            length = KEEL_MAX(length, keel_direction_length(out->at[i].v + (size_t)k * out->width, out->width));
+        }
+        if (length < 1e-30) { // nothing to steer along, to project on or to compare
+            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the direction of layer %u has length 0; leave the layer out of the file", path, out->at[i].layer);
         }
     }
 out:

@@ -57,6 +57,23 @@ static keel_status check_coef(const struct keel_steer_words *s, const keel_log *
     return KEEL_OK;
 }
 
+// The longest beginning of the words that is a file and ends where a part may begin: a path may hold what parts begin with. 0: none.
+static size_t file_length(char *words)
+{
+    for (size_t n = strlen(words); n > 0; n--) {
+        const char next = words[n];
+        if (strchr(":@,", next)) { // the end too
+            words[n] = '\0';
+            const bool file = keel_path_exists(words) && !keel_path_is_dir(words);
+            words[n] = next;
+            if (file) {
+                return n;
+            }
+        }
+    }
+    return 0;
+}
+
 // FILE[:COEF[%]][@LAYERS][,KEY=VALUE]... Layers may hold commas, so a part without "=" belongs to what stands before it.
 keel_status keel_steer_parse(struct keel_steer_words *s, const char *words, const keel_log *log)
 {
@@ -65,17 +82,18 @@ keel_status keel_steer_parse(struct keel_steer_words *s, const char *words, cons
     if (!s->text) {
         KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for --steer %s", words);
     }
-    for (char *comma; (comma = strrchr(s->text, ',')) && strchr(comma, '=');) {
+    char *const rest = s->text + file_length(s->text);
+    for (char *comma; (comma = strrchr(rest, ',')) && strchr(comma, '=');) {
         *comma = '\0';
         KEEL_TRY(option(s, comma + 1, log));
     }
     s->file = s->text;
-    char *layers = strrchr(s->text, '@');
+    char *layers = strrchr(rest, '@');
     if (layers) {
         *layers++ = '\0';
         s->layers = layers;
     }
-    char *colon = strrchr(s->text, ':');
+    char *colon = strrchr(rest, ':');
     if (colon && strchr("+-.0123456789", colon[1]) && colon[1]) {
         char *end;
         s->coef = strtod(colon + 1, &end);

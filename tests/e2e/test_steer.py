@@ -452,6 +452,17 @@ def test_halves_without_a_difference(keel, tiny_a, tmp_path, method):
         assert abs(g["split_half"]) < 1e-6 and not g["admissible"]
 
 
+def test_paths_with_marks(keel, tiny_a, tmp_path):
+    """A file that exists is taken by its whole path, whatever is in it."""
+    data, folder = write_rows(tmp_path / "d.jsonl", ROWS), tmp_path / "x@y,lr=0.1:2"
+    folder.mkdir()
+    plain, odd = (write_directions(p, {2: vector(1, 96)}) for p in (tmp_path / "v.safetensors", folder / "v.safetensors"))
+    for words in ("", ":0.5", ":0.5@2,at=response"):
+        got = [score(keel, tiny_a, ROWS, tmp_path, "--steer", f"{p}{words}") for p in (plain, odd)]
+        assert got[0] == got[1]
+    keel.fails("score", "-m", tiny_a, "--data", data, "--out", tmp_path / "o.jsonl", "--steer", f"{odd}:1@3", says="no direction for layer 3")
+
+
 def test_project(keel, tiny_a, tmp_path):
     v = {2: vector(1, 96), 4: vector(2, 96, 2)}
     write_directions(tmp_path / "v.safetensors", v)
@@ -640,6 +651,8 @@ def test_principal_angles(keel, tmp_path):
     got, = keel("geometry", "--direction", a, "--other", flat, "--json").json["angles"][0]["layers"]
     assert got["rank"] == [4, 3] and np.abs(np.array(got["cosines"]) - want).max() < 1e-5
     assert abs(got["overlap"] - (want ** 2).mean()) < 1e-5 and abs(got["random"] - 4 / 96) < 1e-9
+    z = write_directions(tmp_path / "z.safetensors", {1: np.zeros(96, np.float32)})
+    keel.fails("geometry", "--direction", a, "--other", z, says=["z.safetensors", "layer 1", "length 0"])
 
 
 # --- control vectors -----------------------------------------------------------------------------
@@ -747,7 +760,10 @@ def test_bad_vectors(keel, tiny_a, tiny_c, tmp_path):
     nan[5] = np.nan
     run(write_directions(tmp_path / "w.safetensors", {2: vector(1, 64)}), "w.safetensors", "64", "96")
     run(write_directions(tmp_path / "n.safetensors", {2: nan}), "n.safetensors", "layer 2", "NaN")
-    run(write_directions(tmp_path / "z.safetensors", {2: np.zeros(96, np.float32)}).as_posix() + ":1,op=ablate", "length 0")
+    zero = write_directions(tmp_path / "z.safetensors", {2: np.zeros(96, np.float32)})
+    for words in (":1,op=ablate", ":1", ":5%"):
+        run(f"{zero}{words}", "z.safetensors", "layer 2", "length 0")
+    run(write_directions(tmp_path / "site.safetensors", {2: vector(1, 96)}, keel_site="middle"), "site.safetensors", '"middle"', "mlp")
     run(write_directions(tmp_path / "l.safetensors", {7: vector(1, 96)}), "layer 7", "0 to 6")
     run(write_directions(tmp_path / "s.safetensors", {2: vector(1, 96, 2)}), "ablate")
     run(f"{good}:1@3", "no direction for layer 3")

@@ -122,7 +122,7 @@ KEEL_API keel_status keel_directions_estimate(struct keel_directions *out, const
 KEEL_API keel_status keel_directions_write(const struct keel_directions *d, const char *path, const keel_log *log);
 // Whether they fit that kind of file: asks for site, layers and k only, so before the directions are there. Errors: UNSUPPORTED.
 KEEL_API keel_status keel_directions_writable(const struct keel_directions *d, const char *path, const keel_log *log);
-// Errors: IO, FORMAT (no directions, other shapes, NaN), NO_MEMORY.
+// Errors: IO, FORMAT (no directions, other shapes, an unknown site, a direction of length 0), NUMERIC (NaN), NO_MEMORY.
 KEEL_API keel_status keel_directions_read(struct keel_directions *out, const char *path, const keel_log *log);
 
 // --- steering ------------------------------------------------------------------------------------
