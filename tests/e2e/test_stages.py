@@ -206,6 +206,20 @@ stages:
     keel.fails("study", chain / "bad.yaml", "-m", tiny_c, "--out", tmp_path / "bad", says="base model", leaves=tmp_path / "bad")
 
 
+def test_shift_of_upper_layers(keel, tiny_c, chain, tmp_path):
+    """Below the trained layers nothing moved: the study goes on with directions of the others."""
+    from safetensors.numpy import load_file
+    (chain / "study.yaml").write_text(STUDY + """directions:
+  - {name: moved, rows: train.jsonl, shift: attack}
+stages:
+  - {name: attack, train: {layers: "2"}}
+  - {name: back, steer: [moved], coef: [-1]}
+""")
+    r = keel("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    assert "layers 0, 1:" in r.err and set(load_file(tmp_path / "out/directions/moved.safetensors")) == {"direction.2"}
+    assert slots(tmp_path / "out", "back") != slots(tmp_path / "out", "attack")
+
+
 def test_map_of_doses(keel, tiny_c, chain, tmp_path):
     """Each cell is what `score` gives under that dose at that layer; the plot's numbers are means of the records."""
     (chain / "study.yaml").write_text(STUDY + """stages:
