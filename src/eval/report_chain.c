@@ -177,6 +177,33 @@ static void cost_table(struct keel_text *t, const struct keel_chain *c)
            "itself: costs.csv.</p>");
 }
 
+// A cell of the table of directions: "–" for what is null in the manifest.
+static void check_cell(struct keel_text *t, const char *head, const json_t *v, double scale, const char *format)
+{
+    keel_page_td(t, head);
+    if (json_is_number(v)) {
+        keel_text_addf(t, format, scale * json_number_value(v));
+    } else {
+        add(t, "–");
+    }
+    add(t, "</td>");
+}
+
+// One layer of a direction.
+static void direction_row(struct keel_text *t, const char *name, const json_t *g)
+{
+    const bool good = json_is_true(json_object_get(g, "admissible")), few = json_is_null(json_object_get(g, "split_half"));
+    add(t, "<tr><td>");
+    keel_html_escape(t, name);
+    keel_text_addf(t, ", layer %d</td>", (int)json_integer_value(json_object_get(g, "layer")));
+    check_cell(t, "split-half", json_object_get(g, "split_half"), 1, "%.2f");
+    check_cell(t, "massive channels", json_object_get(g, "massive_share"), 100, "%.1f %%");
+    check_cell(t, "effect", json_object_get(g, "effect"), 1, "%.2f");
+    check_cell(t, "by chance", json_object_get(g, "random_95"), 1, "%.2f");
+    keel_page_td(t, "verdict");
+    keel_text_addf(t, "<span class=%s>%s</span></td></tr>", good ? "ok" : "over", good ? "admissible" : few ? "too few rows" : "not admissible");
+}
+
 // Whether the directions that the study made mean anything.
 static void direction_table(struct keel_text *t, const json_t *m)
 {
@@ -192,25 +219,13 @@ static void direction_table(struct keel_text *t, const json_t *m)
     {
         json_array_foreach(layers, i, g)
         {
-            const bool good = json_is_true(json_object_get(g, "admissible"));
-            add(t, "<tr><td>");
-            keel_html_escape(t, name);
-            keel_text_addf(t, ", layer %d</td>", (int)json_integer_value(json_object_get(g, "layer")));
-            keel_page_td(t, "split-half");
-            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "split_half")));
-            keel_page_td(t, "massive channels");
-            keel_text_addf(t, "%.1f %%</td>", 100 * json_number_value(json_object_get(g, "massive_share")));
-            keel_page_td(t, "effect");
-            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "effect")));
-            keel_page_td(t, "by chance");
-            keel_text_addf(t, "%.2f</td>", json_number_value(json_object_get(g, "random_95")));
-            keel_page_td(t, "verdict");
-            keel_text_addf(t, "<span class=%s>%s</span></td></tr>", good ? "ok" : "over", good ? "admissible" : "not admissible");
+            direction_row(t, name, g);
         }
     }
     add(t, "</table></div><p class=note>Split-half: cosine of the directions of two halves of the prompts, at least 0.5. Massive "
            "channels: their share of the direction, below 5 %. Effect: distance of the two sets in standard deviations on the "
-           "half not used, above the 95th percentile of random directions. A direction that fails should not be read.</p>");
+           "half not used, above the 95th percentile of random directions. Fewer than 4 rows have no halves to compare. A direction that "
+           "fails should not be read.</p>");
 }
 
 // Every seed by itself, and Student's interval over their means.

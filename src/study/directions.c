@@ -200,7 +200,27 @@ out:
     return st;
 }
 
-// The checks of each layer, for the manifest; warns of those that fail.
+// JSON has no NaN and no infinity: null for what was not measured, and for a distance between sets that do not spread at all.
+static json_t *finite_or_null(double v)
+{
+    return isfinite(v) ? json_real(v) : json_null();
+}
+
+// Says what is wrong with a direction that is not admissible.
+static void warn_of(const struct study *s, const struct study_direction *y, uint32_t layer, const struct keel_gates *g)
+{
+    if (g->n_splits == 0) {
+        KEEL_WARN(s->log, "direction %s, layer %u: made of fewer than 4 rows, too few to check; what is steered or projected along it may mean "
+                  "little", y->name, layer);
+    } else if (!g->admissible) {
+        KEEL_WARN(s->log,
+                  "direction %s, layer %u: fails its checks (split-half %.2f, massive channels %.0f %%, effect %.2f against %.2f "
+                  "by chance); what is steered or projected along it means little",
+                  y->name, layer, g->split_half, 100 * g->massive_share, g->effect, g->random_95);
+    }
+}
+
+// The checks of each layer, for the manifest.
 static json_t *gates_of(const struct study *s, const struct study_direction *y, const struct keel_directions *d)
 {
     json_t *layers = json_array();
@@ -209,17 +229,11 @@ static json_t *gates_of(const struct study *s, const struct study_direction *y, 
         if (!d->at[i].has_gates) {
             continue;
         }
-        json_array_append_new(layers, json_pack("{s:i, s:o, s:f, s:f, s:f, s:b}", "layer", (int)d->at[i].layer, "split_half",
-                                                isnan(g->split_half) ? json_null() : json_real(g->split_half), "massive_share",
-                                                g->massive_share, "effect", g->effect, "random_95", g->random_95, "admissible",
-                                                g->admissible));
-        if (!g->admissible) {
-            KEEL_WARN(
-                s->log,
-                "direction %s, layer %u: fails its checks (split-half %.2f, massive channels %.0f %%, effect %.2f against %.2f "
-                "by chance); what is steered or projected along it means little",
-                y->name, d->at[i].layer, g->split_half, 100 * g->massive_share, g->effect, g->random_95);
-        }
+        json_array_append_new(layers, json_pack("{s:i, s:o, s:o, s:o, s:o, s:b}", "layer", (int)d->at[i].layer, "split_half",
+                                                finite_or_null(g->split_half), "massive_share", finite_or_null(g->massive_share),
+                                                "effect", finite_or_null(g->effect), "random_95", finite_or_null(g->random_95),
+                                                "admissible", g->admissible));
+        warn_of(s, y, d->at[i].layer, g);
     }
     return layers;
 }

@@ -323,6 +323,19 @@ stages:
     assert "tone, layer 1" in (out / "report.html").read_text()
 
 
+def test_directions_of_few_rows(keel, tiny_c, chain, tmp_path):
+    """Three rows have no halves to compare: the manifest says null and the page why, and nothing is dropped."""
+    write_rows(chain / "few.jsonl", TRAIN[:3])
+    (chain / "study.yaml").write_text(STUDY + EARLY.replace("rows: train.jsonl", "rows: few.jsonl, at: all").replace("STAGE", "steer: ['tone:-1@0']"))
+    r = keel("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    assert "direction tone, layer 0: made of fewer than 4 rows" in r.err
+    checks = json.loads((tmp_path / "out/manifest.json").read_text())["directions"]["tone"]
+    assert [c["layer"] for c in checks] == [0, 1]
+    assert all(c["split_half"] is None and c["effect"] is None and c["massive_share"] >= 0 and not c["admissible"] for c in checks)
+    html = (tmp_path / "out/report.html").read_text()
+    assert "tone, layer 1" in html and html.count(">too few rows<") == 2 and "nan" not in html.split("<h2>Directions")[1].split("</table>")[0]
+
+
 SWEEP = CHAIN.replace("slots: slots.jsonl\n", "slots: slots.jsonl\n", 1) + "sweep: {seed: [1, 2], mixture: [0.5, 1]}\n"
 RUNS = [f"rank-4_mixture-{m}_seed-{s}" for m in ("0.5", "1") for s in (1, 2)]
 
