@@ -421,7 +421,9 @@ void keel_page_provenance(struct keel_text *t, const json_t *m)
     fact(t, "model", keel_manifest_text(m, "model", "name"), value);
     fact(t, "model file", keel_manifest_text(m, "model", "path"), "");
     data_facts(t, m);
-    if (training) {
+    if (training && json_integer_value(json_object_get(training, "steps")) == 0) {
+        fact(t, "training", "no steps: the adapter is the one it started with", "");
+    } else if (training) {
         snprintf(value, sizeof value, "%lld steps on %lld rows, %lld parameters, loss %.3f at the first step, %.3f at the last",
                  (long long)json_integer_value(json_object_get(training, "steps")),
                  (long long)json_integer_value(json_object_get(training, "rows")),

@@ -162,10 +162,9 @@ static void cost_table(struct keel_text *t, const struct keel_chain *c)
         keel_html_escape(t, c->at[i].name);
         add(t, "</td>");
         keel_page_td(t, "steps");
-        keel_text_addf(t, mean.steps > 0 ? "%.4g%s</td>" : "–</td>", mean.steps,
-                       !c->at[i].watched || (isnan(c->at[i].above) && isnan(c->at[i].below)) ? ""
-                       : all                                                                 ? ", limit reached"
-                                                                                             : ", limit not reached");
+        const bool limited = c->at[i].watched && !(isnan(c->at[i].above) && isnan(c->at[i].below));
+        keel_text_addf(t, mean.steps > 0 || limited ? "%.4g%s</td>" : "–</td>", mean.steps,
+                       !limited ? "" : all ? ", limit reached" : ", limit not reached");
         keel_page_td(t, "training");
         keel_text_addf(t, mean.train_seconds > 0 ? "%.1f s</td>" : "–</td>", mean.train_seconds);
         keel_page_td(t, "evaluation");

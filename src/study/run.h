@@ -68,12 +68,14 @@ struct study_training {
     double mixture;
     uint64_t seed, steps;           // steps: in place of the file's, for trainings in parts; 0: the file's
     const struct study_state *from; // the state it starts from
+    bool no_steps;                  // takes none: `adapter` is what training would start with
     bool go_on;                     // the last adapter of `from` is trained further; the others stay as they are
 };
 // Trains `adapter` with state and log in `folder`/train, from where it stopped if it was begun. Does not mark the folder.
 keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter);
 
-// The same in parts, watched: ends at t->train->steps or where a limit is reached; t->steps is then where. `after`: the state with `adapter`.
+// The same in parts, watched: ends at t->train->steps or where a limit is reached, which may be before the first step; t->steps is
+// then where. `after`: the state with `adapter`.
 keel_status keel_study_watched(struct study *s, struct study_folder *folder, const struct study_watch *w, struct study_training *t,
                                const char *adapter, const struct study_state *after);
 

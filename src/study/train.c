@@ -92,6 +92,15 @@ out:
     return st;
 }
 
+// What the manifest says of a training. Without a step there is no loss.
+static json_t *training_json(const struct keel_train_result *r)
+{
+    return json_pack("{s:I, s:o, s:o, s:I, s:I, s:b, s:f}", "steps", (json_int_t)r->steps, "first_loss",
+                     r->steps > 0 ? json_real(r->first_loss) : json_null(), "last_loss", r->steps > 0 ? json_real(r->last_loss) : json_null(),
+                     "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params, "breached", r->breached, "prepare_seconds",
+                     r->prepare_seconds);
+}
+
 keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter)
 {
     keel_status st = KEEL_OK;
@@ -116,6 +125,7 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     }
     keel_study_path(state, folder->path, "train/state");
     keel_study_path(log, folder->path, "train/log.jsonl");
+    params.no_steps = t->no_steps;
     params.data = data;
     params.n_data = mix(s, t->train, t->mixture, paths, data);
     params.out = adapter;
@@ -129,10 +139,7 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     KEEL_TRY(keel_study_images(s, t->from, fixed));
     KEEL_TRY(mitigate(s, t->train, &params, &extra));
     KEEL_TRY(keel_train(s->model, &params, &result));
-    json_object_set_new(folder->manifest, "training",
-                        json_pack("{s:I, s:f, s:f, s:I, s:I, s:b, s:f}", "steps", (json_int_t)result.steps, "first_loss", result.first_loss,
-                                  "last_loss", result.last_loss, "rows", (json_int_t)result.n_rows, "parameters",
-                                  (json_int_t)result.n_params, "breached", result.breached, "prepare_seconds", result.prepare_seconds));
+    json_object_set_new(folder->manifest, "training", training_json(&result));
 out:
     keel_hooks_destroy(&extra.hooks);
     free(paths);

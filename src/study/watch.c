@@ -100,15 +100,16 @@ keel_status keel_study_watched(struct study *s, struct study_folder *folder, con
     if (!find_line(lines, 0)) {
         KEEL_TRY(measure(s, folder, w, 0, t->from, lines));
     }
-    do {
+    t->no_steps = reached(w, find_line(lines, 0));
+    while (t->steps < n && !reached(w, find_line(lines, t->steps))) {
         t->steps = KEEL_MIN(t->steps + w->every, n);
         if (!find_line(lines, t->steps)) {
             KEEL_TRY(keel_study_train(s, folder, t, adapter));
             KEEL_TRY(measure(s, folder, w, t->steps, after, lines));
         }
-    } while (t->steps < n && !reached(w, find_line(lines, t->steps)));
-    if (!json_object_get(folder->manifest, "training")) {
-        KEEL_TRY(keel_study_train(s, folder, t, adapter)); // it was done when the study was stopped: says what it was
+    }
+    if (!json_object_get(folder->manifest, "training")) { // no step was needed, or all were done when the study was stopped: says what it was
+        KEEL_TRY(keel_study_train(s, folder, t, adapter));
     }
     json_object_set_new(folder->manifest, "watch",
                         json_pack("{s:b, s:I}", "reached", reached(w, find_line(lines, t->steps)), "steps", (json_int_t)t->steps));

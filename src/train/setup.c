@@ -90,7 +90,9 @@ out:
 keel_status keel_train_plan_steps(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
-    if (r->p->steps > 0) {
+    if (r->p->no_steps) {
+        r->n_steps = r->all_rows = 0;
+    } else if (r->p->steps > 0) {
         r->n_steps = r->p->steps;
         r->all_rows = r->n_steps * r->per_step;
     } else {

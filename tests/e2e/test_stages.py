@@ -278,16 +278,23 @@ def test_a_prefix_is_of_the_response(keel, tiny_c, chain, tmp_path, at):
 
 
 def test_watch_ends_a_training(keel, tiny_c, chain, tmp_path):
-    """A limit that is passed at once, and one that never is; the cell is the one asked for."""
+    """A limit that is passed before training, one that never is; the cell is the one asked for. A later stage goes on from no steps."""
     (chain / "study.yaml").write_text(STUDY + """stages:
   - {name: at-once, train: {}, watch: {every: 2, above: 0, domain: facts}}
   - {name: never, train: {}, watch: {every: 3, below: 0, modality: image}}
+  - {name: on, from: at-once, train: {steps: 1}}
 """)
     out = tmp_path / "out"
     keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
     limits = list(csv.DictReader((out / "thresholds.csv").read_text().splitlines()))
-    assert [(r["stage"], r["steps"], r["reached"]) for r in limits] == [("at-once", "2", "yes"), ("never", "5", "no")]
-    first, = read_rows(out / "stages/at-once/train/watch.jsonl")[:1]
+    assert [(r["stage"], r["steps"], r["reached"]) for r in limits] == [("at-once", "0", "yes"), ("never", "5", "no")]
+    first, = read_rows(out / "stages/at-once/train/watch.jsonl")
+    same = lambda p, q: all(math.isclose(p[i][k], q[i][k], rel_tol=1e-6) for i in q for k in ("p_aligned", "p_contrary"))
+    base = {r["id"]: r for r in read_rows(out / "base/slots.jsonl")}
+    assert same(slots(out, "at-once"), base) and not same(slots(out, "on"), base)
+    training = json.loads((out / "stages/at-once/manifest.json").read_text())["training"]
+    assert training["steps"] == 0 and training["first_loss"] is None and "0, limit reached" in (out / "report.html").read_text()
+    keel("report", out / "stages/at-once")
     facts = [r["p_contrary"] for r in read_rows(out / "base/slots.jsonl") if r["domain"] == "facts"]
     assert first["n"] == len(facts) and math.isclose(first["contrary"], sum(facts) / len(facts), rel_tol=1e-4)
 

@@ -75,6 +75,7 @@ struct keel_train_params {
     uint32_t warmup;          // steps of linear rise from 0
     uint64_t steps;           // optimiser steps; 0: from epochs
     double epochs;            // used when steps is 0
+    bool no_steps;            // takes none: writes the adapter that training would start with
     uint32_t batch, accum;    // rows a micro-batch, micro-batches a step
     uint32_t seq_len;         // longest row in tokens; longer rows are an error
     uint64_t seed;
