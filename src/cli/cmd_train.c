@@ -166,17 +166,18 @@ static bool parse_frozen(const struct train_args *a, struct keel_train_base *fro
     return true;
 }
 
-static void print_result(const struct context *c, const struct train_args *a, const struct keel_train_result *r)
+// `out`: the adapter, or NULL: none was written.
+static void print_result(const struct context *c, const struct train_args *a, const struct keel_train_result *r, const char *out)
 {
     if (a->json) {
-        print_json(stdout, json_pack("{s:s, s:I, s:f, s:f, s:I, s:f, s:I, s:I, s:b, s:f}", "out", a->out, "steps", (json_int_t)r->steps,
+        print_json(stdout, json_pack("{s:s?, s:I, s:f, s:f, s:I, s:f, s:I, s:I, s:b, s:f}", "out", out, "steps", (json_int_t)r->steps,
                                      "first_loss", r->first_loss, "last_loss", r->last_loss, "tokens", (json_int_t)r->tokens,
                                      "seconds", r->seconds, "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params,
                                      "breached", r->breached, "prepare_seconds", r->prepare_seconds));
         return;
     }
     say(c, KEEL_LOG_INFO, "%llu steps in %.1f s, loss %.4f to %.4f, %.1f tokens/s; adapter: %s", (unsigned long long)r->steps,
-        r->seconds, r->first_loss, r->last_loss, r->seconds > 0 ? (double)r->tokens / r->seconds : 0, a->out);
+        r->seconds, r->first_loss, r->last_loss, r->seconds > 0 ? (double)r->tokens / r->seconds : 0, out);
 }
 
 // Before the model takes the device's memory.
@@ -198,7 +199,7 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
 {
     struct context c = { 0 };
     struct keel_directions direction = { 0 };
-    struct keel_train_result result;
+    struct keel_train_result result = { 0 };
     struct train_progress p = { .line = { .what = "train", .unit = "steps", .off = a->common.quiet } };
     struct keel_train_params params = {
         .data = data, .n_data = a->data.n, .out = a->out, .rank = a->rank, .alpha = (float)a->alpha, .targets = a->targets,
@@ -238,7 +239,9 @@ static int train(const struct train_args *a, const struct keel_train_data *data,
         progress_end(&p.line);
     }
     if (st == KEEL_OK) {
-        print_result(&c, a, &result);
+        print_result(&c, a, &result, a->out);
+    } else if (st == KEEL_OVER_BUDGET && result.breached && a->json) { // a training that a guard ended is a result too
+        print_result(&c, a, &result, params.on_breach == KEEL_BREACH_FAIL ? NULL : a->out);
     } else if (st == KEEL_INTERRUPTED) {
         say(&c, KEEL_LOG_ERROR, "interrupted; the same command with --resume %s%s goes on", a->resume ? a->resume : a->out,
             a->resume ? "" : ".state");

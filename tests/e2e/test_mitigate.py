@@ -500,7 +500,8 @@ def test_guard_stops_or_fails(keel, tiny_c, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", texts.TRAIN)
     for what, name in (("stop", "stop.gguf"), ("fail", "fail.gguf")):
         o = guarded(tmp_path, guard=f"kl_mean<={limit}", on_breach=what, no_shuffle=True, grad_clip=0)
-        r = keel(*train_args(tiny_c, data, tmp_path / name, **o), rc=3)
+        r = keel(*train_args(tiny_c, data, tmp_path / name, **o, json=True), rc=3)
+        assert r.json["breached"] and r.json["steps"] == 9 and r.json["out"] == (str(tmp_path / name) if what == "stop" else None)
         assert "step 9: kl_mean" in r.err and "limit" in r.err
     assert (tmp_path / "stop.gguf").read_bytes() == whole.read_bytes() and not (tmp_path / "fail.gguf").exists()
 
