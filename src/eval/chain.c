@@ -20,6 +20,7 @@ static keel_status read_stage(struct keel_stage *s, const json_t *v, const char 
                               .kind = keel_manifest_text(v, NULL, "kind"),
                               .from = keel_manifest_text(v, NULL, "from"),
                               .value = number_or_nan(json_object_get(v, "value")),
+                              .percent = json_is_true(json_object_get(v, "percent")),
                               .watched = watch != NULL,
                               .above = number_or_nan(json_object_get(watch, "above")),
                               .below = number_or_nan(json_object_get(watch, "below")) };

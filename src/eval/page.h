@@ -102,6 +102,7 @@ void keel_sweep_page(struct keel_text *t, const char *dir, const json_t *manifes
 struct keel_stage {
     const char *name, *group, *kind, *from; // of the manifest; kind "train", "steer" or "scale"; from "base" or a stage
     double value;        // of a scan, NAN without
+    bool percent;        // the value is % of the residual stream's median norm
     bool watched;
     double above, below; // its training ends there; NAN: no such limit
     struct keel_sweep sweep; // the runs that have done it; n 0: none has

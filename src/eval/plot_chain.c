@@ -464,7 +464,10 @@ static void scan_figure(struct keel_figures *f, const struct keel_chain *c, cons
         keel_text_addf(gp,
                        "set xlabel '%s'\nset ylabel 'probability'\nset yrange [0:1.02]\nset rmargin 3\nset offsets graph 0.03, "
                        "graph 0.03, 0, 0\n%s",
-                       scale ? "scale of the adapter" : "coefficient", narrow ? "set key maxcols 1\n" : "");
+                       scale            ? "scale of the adapter"
+                       : first->percent ? "coefficient (% of the median norm)"
+                                        : "coefficient (lengths of the direction)",
+                       narrow ? "set key maxcols 1\n" : "");
         for (size_t k = 0; k < 3; k++) {
             keel_text_addf(gp, "%s'%s.csv' skip 1 using 1:%zu:%zu:%zu with yerrorlines %s lw 2 ps 0.8 title '%s'",
                            k ? ", " : "plot ", g->name, 3 * k + 2, 3 * k + 3, 3 * k + 4, styles[k], titles[k]);
