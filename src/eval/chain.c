@@ -185,31 +185,40 @@ static void cost_lines(struct keel_text *costs, struct keel_text *thresholds, co
     }
 }
 
-// What the stages cost that map doses, which are not in the list.
-static void map_costs(struct keel_text *costs, const struct keel_chain *c)
+bool keel_map_cost(struct keel_stage_cost *out, const struct keel_chain *c, const char *name, const json_t *run)
 {
     static const keel_log quiet = { .level = 0 };
+    char path[4300];
+    json_t *m = NULL;
+    snprintf(path, sizeof path, "%.3900s/%.150s/stages/%.80s", c->dir, keel_manifest_text(run, NULL, "folder"), name);
+    if (keel_manifest_load(&m, path, &quiet) != KEEL_OK) {
+        return false;
+    }
+    const json_t *seconds = json_object_get(json_object_get(m, "seconds"), "map");
+    const bool done = seconds != NULL;
+    *out = (struct keel_stage_cost){ .eval_seconds = json_number_value(seconds),
+                                     .peak_bytes = json_number_value(json_object_get(json_object_get(m, "peak_bytes"), "map")) };
+    json_decref(m);
+    return done;
+}
+
+// Of the stages that map doses, which are not in the list.
+static void map_costs(struct keel_text *costs, const struct keel_chain *c)
+{
     size_t i, k;
-    json_t *stage, *run, *m = NULL;
+    json_t *stage, *run;
+    struct keel_stage_cost cost;
     json_array_foreach(json_object_get(c->manifest, "stages"), i, stage)
     {
         const char *name = keel_manifest_text(stage, NULL, "name");
+        const bool maps = strcmp(keel_manifest_text(stage, NULL, "kind"), "map") == 0;
         json_array_foreach(json_object_get(c->manifest, "runs"), k, run)
         {
-            char path[4300];
-            snprintf(path, sizeof path, "%.3900s/%.150s/stages/%.80s", c->dir, keel_manifest_text(run, NULL, "folder"), name);
-            if (strcmp(keel_manifest_text(stage, NULL, "kind"), "map") != 0 || keel_manifest_load(&m, path, &quiet) != KEEL_OK) {
-                continue;
-            }
-            const json_t *seconds = json_object_get(json_object_get(m, "seconds"), "map");
-            if (seconds) {
+            if (maps && keel_map_cost(&cost, c, name, run)) {
                 keel_text_addf(costs, "%s,%lld,%g,%lld,0,0,%.3f,%.0f\n", name, (long long)json_integer_value(json_object_get(run, "rank")),
                                json_number_value(json_object_get(run, "mixture")),
-                               (long long)json_integer_value(json_object_get(run, "seed")), json_number_value(seconds),
-                               json_number_value(json_object_get(json_object_get(m, "peak_bytes"), "map")));
+                               (long long)json_integer_value(json_object_get(run, "seed")), cost.eval_seconds, cost.peak_bytes);
             }
-            json_decref(m);
-            m = NULL;
         }
     }
 }

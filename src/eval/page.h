@@ -136,6 +136,8 @@ struct keel_stage_cost {
     bool reached;
 };
 struct keel_stage_cost keel_stage_cost(const struct keel_setting *g, size_t k);
+// What the stage of this name, which maps doses, cost in an entry of the manifest's "runs"; false: it is not done.
+bool keel_map_cost(struct keel_stage_cost *out, const struct keel_chain *c, const char *name, const json_t *run);
 void keel_figures_of_maps(struct keel_figures *f, const struct keel_chain *c); // heat maps of the stages that map doses
 void keel_figures_of_chain(struct keel_figures *f, const struct keel_chain *c);
 void keel_chain_page(struct keel_text *t, const char *dir, const json_t *manifest, const struct keel_chain *c, const struct keel_figures *f,

@@ -139,38 +139,76 @@ static void headline(struct keel_text *t, const json_t *m, const struct keel_cha
     free((void *)path);
 }
 
+// Adds one of `n` runs to the mean of a stage.
+static void add_cost(struct keel_stage_cost *mean, const struct keel_stage_cost *one, size_t n)
+{
+    mean->steps += one->steps / (double)n;
+    mean->train_seconds += one->train_seconds / (double)n;
+    mean->eval_seconds += one->eval_seconds / (double)n;
+    mean->peak_bytes = fmax(mean->peak_bytes, one->peak_bytes);
+    mean->reached = mean->reached && one->reached;
+}
+
+// `limited`: its training ends where a limit is reached.
+static void cost_row(struct keel_text *t, const char *name, const struct keel_stage_cost *mean, bool limited)
+{
+    add(t, "<tr><td>");
+    keel_html_escape(t, name);
+    add(t, "</td>");
+    keel_page_td(t, "steps");
+    keel_text_addf(t, mean->steps > 0 || limited ? "%.4g%s</td>" : "–</td>", mean->steps,
+                   !limited ? "" : mean->reached ? ", limit reached" : ", limit not reached");
+    keel_page_td(t, "training");
+    keel_text_addf(t, mean->train_seconds > 0 ? "%.1f s</td>" : "–</td>", mean->train_seconds);
+    keel_page_td(t, "evaluation");
+    keel_text_addf(t, "%.1f s</td>", mean->eval_seconds);
+    keel_page_td(t, "device memory");
+    keel_text_addf(t, "%.1f MB</td></tr>", mean->peak_bytes / 1e6);
+}
+
+// A stage that maps doses, in the runs of the page's setting.
+static void map_cost_row(struct keel_text *t, const struct keel_chain *c, const char *name)
+{
+    size_t k, n = 0;
+    json_t *run;
+    struct keel_stage_cost one, mean = { 0 };
+    json_array_foreach(json_object_get(c->manifest, "runs"), k, run)
+    {
+        const bool ours = json_integer_value(json_object_get(run, "rank")) == c->rank &&
+                          json_number_value(json_object_get(run, "mixture")) == c->mixture;
+        if (ours && keel_map_cost(&one, c, name, run)) {
+            add_cost(&mean, &one, 1);
+            n++;
+        }
+    }
+    if (n > 0) {
+        mean.eval_seconds /= (double)n;
+        cost_row(t, name, &mean, false);
+    }
+}
+
 static void cost_table(struct keel_text *t, const struct keel_chain *c)
 {
+    size_t k;
+    json_t *stage;
     add(t, "<h2>Cost</h2><div class=scroll><table "
            "class=s><tr><th>stage</th><th>steps</th><th>training</th><th>evaluation</th><th>device memory</th></tr>");
     for (size_t i = 0; i < c->n; i++) {
         const struct keel_setting *g = keel_chain_setting(c, &c->at[i]);
-        struct keel_stage_cost mean = { 0 };
-        bool all = true;
-        for (size_t k = 0; g && k < g->n_runs; k++) {
+        struct keel_stage_cost mean = { .reached = true };
+        for (k = 0; g && k < g->n_runs; k++) {
             const struct keel_stage_cost one = keel_stage_cost(g, k);
-            mean.steps += one.steps / (double)g->n_runs;
-            mean.train_seconds += one.train_seconds / (double)g->n_runs;
-            mean.eval_seconds += one.eval_seconds / (double)g->n_runs;
-            mean.peak_bytes = fmax(mean.peak_bytes, one.peak_bytes);
-            all = all && one.reached;
+            add_cost(&mean, &one, g->n_runs);
         }
-        if (!g) {
-            continue;
+        if (g) {
+            cost_row(t, c->at[i].name, &mean, c->at[i].watched && !(isnan(c->at[i].above) && isnan(c->at[i].below)));
         }
-        add(t, "<tr><td>");
-        keel_html_escape(t, c->at[i].name);
-        add(t, "</td>");
-        keel_page_td(t, "steps");
-        const bool limited = c->at[i].watched && !(isnan(c->at[i].above) && isnan(c->at[i].below));
-        keel_text_addf(t, mean.steps > 0 || limited ? "%.4g%s</td>" : "–</td>", mean.steps,
-                       !limited ? "" : all ? ", limit reached" : ", limit not reached");
-        keel_page_td(t, "training");
-        keel_text_addf(t, mean.train_seconds > 0 ? "%.1f s</td>" : "–</td>", mean.train_seconds);
-        keel_page_td(t, "evaluation");
-        keel_text_addf(t, "%.1f s</td>", mean.eval_seconds);
-        keel_page_td(t, "device memory");
-        keel_text_addf(t, "%.1f MB</td></tr>", mean.peak_bytes / 1e6);
+    }
+    json_array_foreach(json_object_get(c->manifest, "stages"), k, stage)
+    {
+        if (strcmp(keel_manifest_text(stage, NULL, "kind"), "map") == 0) {
+            map_cost_row(t, c, keel_manifest_text(stage, NULL, "name"));
+        }
     }
     add(t, "</table></div><p class=note>Means over seeds; memory: the most that was held at a time, weights included. Each run by "
            "itself: costs.csv.</p>");

@@ -226,6 +226,8 @@ def test_map_of_doses(keel, tiny_c, chain, tmp_path):
   - {name: attack, train: {}}
   - {name: doses, steer: ['v.safetensors,op=add'], coef: [2, -1], layers: 0-1}
   - {name: shares, from: base, steer: ['v.safetensors'], coef: [25], layers: 2, percent: true, probes: 4}
+  - {name: parts, steer: ['v.safetensors@1'], coef: [-10, 10], percent: true}
+  - {name: lengths, steer: ['v.safetensors@1'], coef: [-1, 1]}
 """)
     out = tmp_path / "out"
     keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
@@ -241,7 +243,7 @@ def test_map_of_doses(keel, tiny_c, chain, tmp_path):
         for s in score(keel, tiny_c, asked, tmp_path, *options):
             assert math.isclose(math.log(got[s["id"]]["p_aligned"]), s["logprob"], abs_tol=2e-4), (options, s)
     costs = {r["stage"]: r for r in csv.DictReader((out / "costs.csv").read_text().splitlines())}
-    assert set(costs) == {"attack", "doses", "shares"} and all(float(r["eval_seconds"]) > 0 and float(r["peak_bytes"]) > 0 for r in costs.values())
+    assert set(costs) == {"attack", "doses", "shares", "parts--10", "parts-10", "lengths--1", "lengths-1"} and all(float(r["eval_seconds"]) > 0 and float(r["peak_bytes"]) > 0 for r in costs.values())
     plot = list(csv.DictReader((out / "plots/map_doses.csv").read_text().splitlines()))
     assert [(r["coef"], r["layer"]) for r in plot] == [("-1", "0"), ("2", "0"), ("-1", "1"), ("2", "1")]
     other = [r for r in doses["layer-1_coef-2"].values() if r["domain"] != "colour"]
@@ -249,6 +251,11 @@ def test_map_of_doses(keel, tiny_c, chain, tmp_path):
     assert math.isclose(float(plot[3]["coherence"]), sum(r["p_contrary"] + r["p_aligned"] for r in other) / len(other), rel_tol=1e-4)
     html = (out / "report.html").read_text()
     assert "Steering by dose and layer: doses" in html and "dose and layer: shares" in html and "% of the median norm" in html
+    cost = html.split("<h2>Cost")[1].split("</table>")[0]
+    assert all(f"<td>{s}</td>" in cost for s in costs)
+    # A scan's axis says what its coefficients are.
+    axis = lambda scan: (out / f"plots/scan_{scan}-wide.gp").read_text()
+    assert "coefficient (% of the median norm)" in axis("parts") and "coefficient (lengths of the direction)" in axis("lengths")
     # A cell that is there is not measured again: the study goes on with what is missing.
     (out / "stages/doses/map/.done").unlink()
     (out / "stages/doses/map/layer-0_coef-2.jsonl").unlink()
