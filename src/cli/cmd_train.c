@@ -100,32 +100,25 @@ static enum keel_on_breach parse_on_breach(const char *word)
 // FILE or FILE@LAYER, of the file's only layer. `file` owns what `d` points to.
 static keel_status read_direction(struct context *c, const char *text, struct keel_directions *file, struct keel_monitor_direction *d)
 {
-    const char *at = strrchr(text, '@');
-    char path[4096], *end = NULL;
-    const unsigned long layer = at ? strtoul(at + 1, &end, 10) : 0;
-    if (at && (end == at + 1 || *end != 0)) {
-        say(c, KEEL_LOG_ERROR, "--monitor-direction %s: what follows the @ is no layer", text);
-        return KEEL_ERR_ARG;
+    struct keel_steer_words words = { 0 };
+    const struct keel_direction *one = NULL;
+    keel_status st = keel_steer_parse_one(&words, text, &c->log);
+    if (st == KEEL_OK) {
+        st = keel_directions_read(file, words.file, &c->log);
     }
-    snprintf(path, sizeof path, "%.*s", at ? (int)(at - text) : (int)strlen(text), text);
-    const keel_status st = keel_directions_read(file, path, &c->log);
-    if (st != KEEL_OK) {
-        return st;
-    }
-    if (file->width != keel_model_info(c->model)->width) {
-        say(c, KEEL_LOG_ERROR, "%s: its directions are %u wide, the model is %u; make them with this model", path, file->width,
+    if (st == KEEL_OK && file->width != keel_model_info(c->model)->width) {
+        say(c, KEEL_LOG_ERROR, "%s: its directions are %u wide, the model is %u; make them with this model", words.file, file->width,
             keel_model_info(c->model)->width);
-        return KEEL_ERR_MISMATCH;
+        st = KEEL_ERR_MISMATCH;
     }
-    for (uint32_t i = 0; i < file->n && (at || file->n == 1); i++) {
-        if (!at || file->at[i].layer == layer) {
-            *d = (struct keel_monitor_direction){ file->at[i].v, file->at[i].layer, file->site };
-            return KEEL_OK;
-        }
+    if (st == KEEL_OK) {
+        st = keel_directions_one(&one, file, &words, &c->log);
     }
-    say(c, KEEL_LOG_ERROR, "--monitor-direction %s: %s", text,
-        at ? "the file has no such layer" : "the file has several layers; name one with @LAYER");
-    return KEEL_ERR_ARG;
+    if (st == KEEL_OK) {
+        *d = (struct keel_monitor_direction){ one->v, one->layer, file->site };
+    }
+    keel_steer_words_finish(&words);
+    return st;
 }
 
 static bool parse_data(const struct train_args *a, struct keel_train_data *data)

@@ -115,6 +115,54 @@ out:
     return st;
 }
 
+keel_status keel_steer_parse_one(struct keel_steer_words *s, const char *words, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    *s = (struct keel_steer_words){ .words = words, .text = strdup(words), .coef = 1, .site = -1 };
+    if (!s->text) {
+        KEEL_FAIL(log, KEEL_ERR_NO_MEMORY, "no memory for the direction %s", words);
+    }
+    char *layer = strrchr(s->text + file_length(s->text), '@');
+    if (layer) {
+        *layer++ = '\0';
+        if (!*layer || layer[strspn(layer, "0123456789")]) {
+            KEEL_FAIL(log, KEEL_ERR_ARG, "%s: what follows the @ is no layer", words);
+        }
+    }
+    s->file = s->text;
+    s->layers = layer;
+    if (s->file[0] == '\0') {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: names no file", words);
+    }
+out:
+    if (st != KEEL_OK) {
+        keel_steer_words_finish(s);
+    }
+    return st;
+}
+
+keel_status keel_directions_one(const struct keel_direction **out, const struct keel_directions *d, const struct keel_steer_words *s,
+                                const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    *out = NULL;
+    if (!s->layers && d->n != 1) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: has directions of several layers; name one with @LAYER", s->words);
+    }
+    for (uint32_t i = 0; i < d->n && !*out; i++) {
+        *out = !s->layers || d->at[i].layer == strtoul(s->layers, NULL, 10) ? &d->at[i] : NULL;
+    }
+    if (!*out) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: has no direction for layer %s", s->words, s->layers);
+    }
+    if ((*out)->k != 1) {
+        KEEL_FAIL(log, KEEL_ERR_ARG, "%s: layer %u has a subspace of %u directions; one direction is needed", s->words, (*out)->layer,
+                  (*out)->k);
+    }
+out:
+    return st;
+}
+
 void keel_steer_words_finish(struct keel_steer_words *s)
 {
     free(s->text);

@@ -178,6 +178,22 @@ out:
     return st;
 }
 
+static keel_status check_monitor(const struct study *s, const char *words)
+{
+    keel_status st = KEEL_OK;
+    struct keel_steer_words w = { 0 };
+    struct keel_directions d = { 0 };
+    const struct keel_direction *one;
+    KEEL_TRY(keel_steer_parse_one(&w, words, s->log));
+    KEEL_TRY(directions_of(&d, s, words, w.file));
+    KEEL_TRY(keel_steer_project_check(&d, s->model, s->log));
+    KEEL_TRY(keel_directions_one(&one, &d, &w, s->log));
+out:
+    keel_steer_words_finish(&w);
+    keel_directions_finish(&d);
+    return st;
+}
+
 static keel_status check_train(struct study *s, const char *stage, const struct study_train *t)
 {
     keel_status st = KEEL_OK;
@@ -186,6 +202,10 @@ static keel_status check_train(struct study *s, const char *stage, const struct 
     if (t->layers) {
         look_at(s, list, stage, "train", "layers");
         KEEL_TRY(check_layers(s, t->layers));
+    }
+    if (t->monitor_direction) {
+        look_at(s, list, stage, "train", "monitor_direction");
+        KEEL_TRY(check_monitor(s, t->monitor_direction));
     }
     look_at(s, list, stage, "train", "seq_len");
     if (context > 0 && t->seq_len > context) {

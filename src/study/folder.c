@@ -173,14 +173,20 @@ static keel_status add_words(const struct data_list *l, char *const *words, size
     return st;
 }
 
-// Those of trainings (preventative steering) and of stages.
+// Those of a training: preventative steering, and what its monitor projects on.
+static keel_status add_training(const struct data_list *l, const struct study_train *t)
+{
+    const keel_status st = add_words(l, t->steer, t->n_steer);
+    return st == KEEL_OK ? add_words(l, &t->monitor_direction, t->monitor_direction != NULL) : st;
+}
+
 static keel_status add_steering(const struct data_list *l)
 {
     const struct study_file *f = l->o->file;
-    keel_status st = add_words(l, f->train.steer, f->train.n_steer);
+    keel_status st = add_training(l, &f->train);
     for (size_t i = 0; i < f->n_stages && st == KEEL_OK; i++) {
         st = add_words(l, f->stage[i].steer, f->stage[i].n_steer);
-        st = st == KEEL_OK ? add_words(l, f->stage[i].train.steer, f->stage[i].train.n_steer) : st;
+        st = st == KEEL_OK ? add_training(l, &f->stage[i].train) : st;
     }
     return st;
 }

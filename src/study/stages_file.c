@@ -434,7 +434,8 @@ out:
 }
 
 // When each direction can be made, and that nothing asks for it before.
-static keel_status check_early(const struct study_source *src, const struct study_file *f, size_t stage, char *const *words, size_t n)
+static keel_status check_early(const struct study_source *src, const struct study_file *f, size_t stage, const char *key,
+                               char *const *words, size_t n)
 {
     char reason[200];
     for (size_t i = 0; i < n; i++) {
@@ -443,7 +444,7 @@ static keel_status check_early(const struct study_source *src, const struct stud
             const struct study_source at = keel_study_entry(src, "stages", f->stage[stage].group);
             snprintf(reason, sizeof reason, "direction %.40s is the shift of stage %.40s, so only later stages can use it", d->name,
                      f->stage[d->after].name);
-            return keel_study_complain(&at, "stages", "steer", reason);
+            return keel_study_complain(&at, "stages", key, reason);
         }
     }
     return KEEL_OK;
@@ -469,8 +470,9 @@ keel_status keel_study_order_directions(const struct study_source *src, struct s
     }
     for (size_t i = 0; i < f->n_stages; i++) {
         const struct study_stage *s = &f->stage[i];
-        KEEL_TRY(check_early(src, f, i, s->steer, s->n_steer));
-        KEEL_TRY(check_early(src, f, i, s->train.steer, s->train.n_steer));
+        KEEL_TRY(check_early(src, f, i, "steer", s->steer, s->n_steer));
+        KEEL_TRY(check_early(src, f, i, "steer", s->train.steer, s->train.n_steer));
+        KEEL_TRY(check_early(src, f, i, "monitor_direction", &s->train.monitor_direction, s->train.monitor_direction != NULL));
     }
 out:
     return st;

@@ -101,6 +101,24 @@ out:
     return st;
 }
 
+static keel_status check_monitor(const struct study_source *src, const char *section, const struct study_train *t, const struct yaml_train *y)
+{
+    static const char shift[] = "projection_shift<";
+    const char *const alone = y->monitor_every ? "monitor_every" : y->monitor_direction ? "monitor_direction" : NULL;
+    if (t->n_guard > 0 && !t->monitor) {
+        return keel_study_complain(src, section, "guard", "needs the rows of monitor");
+    }
+    if (alone && !t->monitor) {
+        return keel_study_complain(src, section, alone, "needs the rows of monitor");
+    }
+    for (unsigned i = 0; i < t->n_guard && !t->monitor_direction; i++) {
+        if (strncmp(t->guard[i], shift, sizeof shift - 1) == 0) {
+            return keel_study_complain(src, section, "guard", "limits projection_shift, which needs a direction: give monitor_direction");
+        }
+    }
+    return KEEL_OK;
+}
+
 // A weight of 0 turns off what `train` of the study turned on.
 static keel_status fill_mitigations(const struct study_source *src, const char *section, struct study_train *t, const struct yaml_train *y)
 {
@@ -111,12 +129,11 @@ static keel_status fill_mitigations(const struct study_source *src, const char *
     t->steer = y->steer_count > 0 ? y->steer : t->steer;
     t->n_steer = y->steer_count > 0 ? y->steer_count : t->n_steer;
     t->monitor = y->monitor ? y->monitor : t->monitor;
+    t->monitor_direction = y->monitor_direction ? y->monitor_direction : t->monitor_direction;
     t->guard = y->guard_count > 0 ? y->guard : t->guard;
     t->n_guard = y->guard_count > 0 ? y->guard_count : t->n_guard;
     KEEL_TRY(keel_study_count(src, section, "monitor_every", y->monitor_every, 1, 1000000, &t->monitor_every));
-    if (t->n_guard > 0 && !t->monitor) {
-        KEEL_TRY(keel_study_complain(src, section, "guard", "needs the rows of monitor"));
-    }
+    KEEL_TRY(check_monitor(src, section, t, y));
     KEEL_TRY(keel_study_real(src, section, "kl_weight", y->kl_weight, 0, 1e6, &t->kl_weight));
     KEEL_TRY(keel_study_count(src, section, "kl_rows", y->kl_rows, 1, 65536, &t->kl_rows));
     for (unsigned i = 0; i < y->constrain_count; i++) {
@@ -129,9 +146,6 @@ static keel_status fill_mitigations(const struct study_source *src, const char *
     KEEL_TRY(keel_study_real(src, section, "lisa_rho", y->lisa_rho, 0, 1e6, &t->lisa_rho));
     if ((y->kl_weight || y->kl_rows) && !t->kl_data) {
         KEEL_TRY(keel_study_complain(src, section, y->kl_weight ? "kl_weight" : "kl_rows", "needs the rows of kl_data"));
-    }
-    if (y->monitor_every && !t->monitor) {
-        KEEL_TRY(keel_study_complain(src, section, "monitor_every", "needs the rows of monitor"));
     }
     if ((y->lisa_rho || y->lisa_steps_count > 0) && !t->lisa_data) {
         KEEL_TRY(keel_study_complain(src, section, y->lisa_rho ? "lisa_rho" : "lisa_steps", "needs the rows of lisa_data"));

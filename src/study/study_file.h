@@ -27,6 +27,7 @@ struct study_train {
     char *const *steer; // [n_steer] words
     const char *monitor; // NULL: none
     uint32_t monitor_every;
+    char *monitor_direction; // NAME or FILE, with @LAYER where there are several; NULL: none
     char *const *guard; // [n_guard] as keel_guard_parse() takes them
     unsigned n_steer, n_guard;
 };

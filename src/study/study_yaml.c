@@ -52,6 +52,7 @@ static const cyaml_schema_field_t train_fields[] = {
     CYAML_FIELD_SEQUENCE("lisa_steps", OPT, struct yaml_train, lisa_steps, &count_entry, 2, 2),
     REAL(yaml_train, lisa_rho),
     TEXT(OPT, yaml_train, monitor),
+    TEXT(OPT, yaml_train, monitor_direction),
     COUNT(yaml_train, monitor_every),
     CYAML_FIELD_SEQUENCE("guard", OPT, struct yaml_train, guard, &text_entry, 1, STUDY_MAX_GUARDS),
     CYAML_FIELD_SEQUENCE("steer", OPT, struct yaml_train, steer, &text_entry, 1, STUDY_MAX_VALUES),

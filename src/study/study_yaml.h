@@ -22,7 +22,7 @@ struct yaml_train {
     uint64_t *rank, *warmup, *steps, *batch, *accum, *seq_len;
     double *alpha, *alpha_per_rank, *lr, *epochs, *weight_decay, *grad_clip, *mixture;
     char *targets, *schedule, *filler;
-    char *layers, *kl_data, *lisa_data, *monitor, **steer, **guard;
+    char *layers, *kl_data, *lisa_data, *monitor, *monitor_direction, **steer, **guard;
     double *kl_weight, *lisa_rho, *constrain;
     uint64_t *kl_rows, *lisa_steps, *monitor_every;
     unsigned steer_count, guard_count, constrain_count, lisa_steps_count;

@@ -2,6 +2,8 @@
 // study/train.c: one training of a study: its data, mixture and parameters, on the base model or on adapters of earlier stages.
 #include "run.h"
 
+#include <keel/steer.h>
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -56,8 +58,26 @@ static struct keel_train_params train_params(const struct study_training *how)
 struct mitigations {
     char kl[4200], lisa[4200], monitor[4200];
     struct keel_guard guard[STUDY_MAX_GUARDS];
+    struct keel_directions along; // of the monitor
     keel_hooks *hooks;
 };
+
+static keel_status read_monitor_direction(const struct study *s, const char *name, struct keel_directions *file,
+                                          struct keel_monitor_direction *out)
+{
+    keel_status st = KEEL_OK;
+    char words[4200];
+    struct keel_steer_words w = { 0 };
+    const struct keel_direction *one;
+    keel_study_direction_path(s, words, name);
+    KEEL_TRY(keel_steer_parse_one(&w, words, s->log));
+    KEEL_TRY(keel_directions_read(file, w.file, s->log));
+    KEEL_TRY(keel_directions_one(&one, file, &w, s->log));
+    *out = (struct keel_monitor_direction){ one->v, one->layer, file->site };
+out:
+    keel_steer_words_finish(&w);
+    return st;
+}
 
 static keel_status mitigate(struct study *s, const struct study_train *t, struct keel_train_params *p, struct mitigations *m)
 {
@@ -80,6 +100,9 @@ static keel_status mitigate(struct study *s, const struct study_train *t, struct
         keel_study_path(m->monitor, s->folder, t->monitor);
         p->monitor = m->monitor;
         p->monitor_every = t->monitor_every;
+    }
+    if (t->monitor_direction) {
+        KEEL_TRY(read_monitor_direction(s, t->monitor_direction, &m->along, &p->monitor_direction));
     }
     for (unsigned i = 0; i < t->n_guard; i++) {
         KEEL_TRY(keel_guard_parse(t->guard[i], &m->guard[i], s->log));
@@ -142,6 +165,7 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     json_object_set_new(folder->manifest, "training", training_json(&result));
 out:
     keel_hooks_destroy(&extra.hooks);
+    keel_directions_finish(&extra.along);
     free(paths);
     free(data);
     return st;

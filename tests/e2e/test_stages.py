@@ -422,6 +422,13 @@ stages:
     ("steer: [tone], coef: [1], layers: 1-2", ["steer", "tone", "layer 2"]),
     ("steer: [v.safetensors], coef: [1], layers: 1-9", ["steer", "no layer 9"]),
     ("train: {layers: 1-9}", ["train", "layers", "no layer 9"]),
+    ("train: {monitor: train.jsonl, monitor_direction: 'v.safetensors@9'}", ["train", "monitor_direction", "layer 9"]),
+    ("train: {monitor: train.jsonl, monitor_direction: tone}", ["train", "monitor_direction", "tone", "@LAYER"]),
+    ("train: {monitor: train.jsonl, monitor_direction: 'tone@x'}", ["train", "monitor_direction", "no layer"]),
+    ("train: {monitor: train.jsonl, monitor_direction: wide.safetensors}", ["train", "monitor_direction", "width"]),
+    ("train: {monitor: train.jsonl, monitor_direction: gone.safetensors}", ["train", "monitor_direction", "gone.safetensors"]),
+    ("train: {monitor_direction: 'tone@1'}", ["train", "monitor_direction", "rows of monitor"]),
+    ("train: {monitor: train.jsonl, guard: ['projection_shift<=0.1']}", ["train", "guard", "projection_shift", "monitor_direction"]),
     ("train: {}, watch: {domain: none}", ["watch: domain", "slots.jsonl", "none"]),
     ("train: {seq_len: 100000}", ["train", "seq_len", "context"]),
     ("train: {steer: ['v.safetensors:1@9']}", ["train", "steer", "no layer 9"]),
@@ -453,7 +460,8 @@ def test_bad_directions_are_found_before_anything_runs(keel, tiny_c, chain, tmp_
     keel.fails("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=["study.yaml:", *says], leaves=tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", ["{name: a, from: base, steer: ['v.safetensors@1']}", "{name: a, train: {steps: 1, steer: ['v.safetensors:1@1']}}"])
+@pytest.mark.parametrize("stage", ["{name: a, from: base, steer: ['v.safetensors@1']}", "{name: a, train: {steps: 1, steer: ['v.safetensors:1@1']}}",
+                                   "{name: a, train: {steps: 1, monitor: train.jsonl, monitor_direction: 'v.safetensors@1'}}"])
 def test_another_direction_is_another_study(keel, tiny_c, chain, tmp_path, stage):
     (chain / "study.yaml").write_text(f"{STUDY}stages:\n  - {stage}\n")
     keel("study", chain / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")

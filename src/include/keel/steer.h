@@ -145,6 +145,12 @@ struct keel_steer_words {
 KEEL_API keel_status keel_steer_parse(struct keel_steer_words *out, const char *words, const keel_log *log);
 KEEL_API void keel_steer_words_finish(struct keel_steer_words *words); // frees; accepts all-zero
 
+// Words FILE[@LAYER], which mean one direction: the rest of `out` is as if not given. Errors: ARG, NO_MEMORY. After an error it is empty.
+KEEL_API keel_status keel_steer_parse_one(struct keel_steer_words *out, const char *words, const keel_log *log);
+// Which of these directions they mean: that of the layer, or the only one. Errors: ARG (there is none, or several; a subspace).
+KEEL_API keel_status keel_directions_one(const struct keel_direction **out, const struct keel_directions *d,
+                                         const struct keel_steer_words *words, const keel_log *log);
+
 // Adds hooks from words. Errors: ARG, IO, FORMAT, MISMATCH (another width; a layer the model or the file lacks). Warns if the file was made
 // with another model. The model need not be on a device.
 KEEL_API keel_status keel_steer_add(keel_hooks *hooks, keel_model *model, const char *words);
