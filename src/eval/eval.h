@@ -200,13 +200,16 @@ struct keel_figure {
     struct keel_text csv, script[2], svg[2]; // [0] wide, [1] narrow; svg is empty if it was not drawn
     int height[2];               // pixels
 };
+#define KEEL_MAX_FIGURES 64
 struct keel_figures {
-    struct keel_figure at[24];
+    struct keel_figure at[KEEL_MAX_FIGURES];
     size_t n;
     bool no_gnuplot; // gnuplot could not be run or failed
 };
 // A new figure to be filled: name, title and sentence live as long as the figures. The heights are 340.
 struct keel_figure *keel_figure_add(struct keel_figures *f, const char *name, const char *title, const char *sentence);
+// No room for more of a kind of which a study may have any number (a map, a scan, a monitored stage): some is left for the others.
+bool keel_figures_full(const struct keel_figures *f);
 // Writes DIR/plots/NAME.csv and the scripts, runs gnuplot. Errors: IO, NO_MEMORY; a missing gnuplot is none.
 keel_status keel_figures_draw(struct keel_figures *f, const char *dir, const keel_log *log);
 void keel_figures_finish(struct keel_figures *f); // accepts all-zero

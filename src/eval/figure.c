@@ -27,6 +27,11 @@ struct keel_figure *keel_figure_add(struct keel_figures *f, const char *name, co
     return g;
 }
 
+bool keel_figures_full(const struct keel_figures *f)
+{
+    return f->n + 24 >= KEEL_COUNT(f->at);
+}
+
 void keel_figure_label(char out[96], const char *text)
 {
     size_t n = 0;

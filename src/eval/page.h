@@ -45,6 +45,11 @@ bool keel_page_budget(struct keel_text *t, const json_t *m, const struct keel_dr
 // Calls `row` for every line of DIR/NAME, a JSONL file; false if there is none.
 bool keel_file_rows(const char *dir, const char *name, void (*row)(void *user, const struct json_t *object), void *user);
 #define KEEL_TRAIN_LOG "train/log.jsonl"
+// What the monitor of a training measured in its runs, in the folders dir [n]; nothing if it had none. `stage`: its name, or "".
+void keel_monitor_figure(struct keel_figures *f, const char *stage, const char (*dir)[4200], size_t n);
+// Adds what became of the guards of the training in `dir`, if it had any, to the items of keel_page_guards(). `label`: of what, or "".
+void keel_guard_item(struct keel_text *items, const char *label, const char *dir);
+void keel_page_guards(struct keel_text *t, struct keel_text *items); // the section, unless there are no items; finishes them
 // Rows with two points each, as a dot plot.
 void keel_pair_head(struct keel_text *csv);
 void keel_pair_row(struct keel_text *csv, size_t row, const char *label, size_t n, struct keel_estimate a, struct keel_estimate b);

@@ -246,4 +246,7 @@ void keel_figures_of_run(struct keel_figures *f, const struct keel_drift *d, con
     margin_figure(f, d);
     kl_figure(f, d);
     loss_figure(f, dir);
+    char path[1][4200];
+    snprintf(path[0], sizeof path[0], "%s", dir);
+    keel_monitor_figure(f, "", (const char(*)[4200])path, 1);
 }

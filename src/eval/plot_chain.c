@@ -437,7 +437,7 @@ static void scan_figure(struct keel_figures *f, const struct keel_chain *c, cons
     const bool scale = strcmp(first->kind, "scale") == 0;
     struct scan_point *points = calloc(c->n + 2, sizeof *points);
     char name[32];
-    if (!points || !at(d, cells[1]) || f->n >= KEEL_COUNT(f->at)) {
+    if (!points || !at(d, cells[1]) || keel_figures_full(f)) {
         free(points);
         return;
     }
@@ -529,6 +529,17 @@ static void setting_figure(struct keel_figures *f, const struct keel_chain *c, b
     }
 }
 
+// What monitors measured in the trainings of the page's setting.
+static void monitor_figures(struct keel_figures *f, const struct keel_chain *c)
+{
+    for (size_t i = 0; i < c->n; i++) {
+        const struct keel_setting *g = keel_chain_setting(c, &c->at[i]);
+        if (g && strcmp(c->at[i].kind, "train") == 0) {
+            keel_monitor_figure(f, c->at[i].name, (const char(*)[4200])g->dir, g->n_runs);
+        }
+    }
+}
+
 void keel_figures_of_chain(struct keel_figures *f, const struct keel_chain *c)
 {
     stage_figures(f, c);
@@ -544,6 +555,7 @@ void keel_figures_of_chain(struct keel_figures *f, const struct keel_chain *c)
                   "the cause.",
                   "projection (lengths)", false);
     projection_figure(f, c);
+    monitor_figures(f, c);
     pareto_figures(f, c);
     scan_figures(f, c);
     keel_figures_of_maps(f, c);

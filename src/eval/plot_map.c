@@ -216,7 +216,7 @@ static void map_figure(struct keel_figures *f, const struct keel_chain *c, const
     struct keel_text csv = { 0 };
     struct keel_estimate none[N_PANELS];
     struct range range[N_PANELS] = { { 0 } };
-    if (!open_map(&m, c, name) || f->n >= KEEL_COUNT(f->at) || !map_csv(&m, &csv, none, range)) {
+    if (!open_map(&m, c, name) || keel_figures_full(f) || !map_csv(&m, &csv, none, range)) {
         keel_text_finish(&csv);
         close_map(&m);
         return;

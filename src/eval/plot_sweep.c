@@ -290,4 +290,8 @@ void keel_figures_of_sweep(struct keel_figures *f, const struct keel_sweep *s)
     }
     context_figure(f, s);
     loss_figure(f, s);
+    const struct keel_setting *g = keel_sweep_main(s);
+    char label[96];
+    keel_setting_label(label, s, g);
+    keel_monitor_figure(f, label, (const char(*)[4200])g->dir, g->n_runs);
 }

@@ -100,10 +100,13 @@ static void body(struct keel_text *t, const char *dir, const char *base, const j
                  const struct keel_figures *f, bool *over)
 {
     const char *name = keel_manifest_text(m, NULL, "name");
+    struct keel_text guards = { 0 };
     keel_page_open(t, name[0] ? name : dir);
     headline(t, m, d);
     summary(t, d, json_string_value(json_object_get(m, "narrow_domain")), json_string_value(json_object_get(m, "narrow_modality")));
     *over = keel_page_budget(t, m, d);
+    keel_guard_item(&guards, "", dir);
+    keel_page_guards(t, &guards);
     keel_page_figures(t, f);
     keel_page_answers(t, base, dir, "examples.jsonl", "Probes before and after", "fine-tuned", KEEL_EXAMPLES_NOTE);
     keel_page_answers(t, base, dir, "answers.jsonl", "Answers before and after", "fine-tuned",

@@ -295,6 +295,20 @@ static void seed_table(struct keel_text *t, const struct keel_chain *c, const st
            "independent draws and knows nothing of prompts.</p></details>");
 }
 
+static void guard_section(struct keel_text *t, const struct keel_chain *c)
+{
+    struct keel_text items = { 0 };
+    for (size_t i = 0; i < c->n; i++) {
+        const struct keel_setting *g = keel_chain_setting(c, &c->at[i]);
+        for (size_t k = 0; g && strcmp(c->at[i].kind, "train") == 0 && k < g->n_runs; k++) {
+            char label[160];
+            snprintf(label, sizeof label, g->n_runs > 1 ? "%.100s, seed %lld" : "%.100s", c->at[i].name, g->seed[k]);
+            keel_guard_item(&items, label, g->dir[k]);
+        }
+    }
+    keel_page_guards(t, &items);
+}
+
 static void missing_note(struct keel_text *t, const struct keel_chain *c)
 {
     size_t missing = 0;
@@ -329,6 +343,7 @@ void keel_chain_page(struct keel_text *t, const char *dir, const json_t *m, cons
     stage_table(t, c, d);
     missing_note(t, c);
     *over = keel_page_budget(t, m, &g->drift);
+    guard_section(t, c);
     keel_page_figures(t, f);
     keel_page_answers(t, c->base, g->dir[0], "examples.jsonl", "Probes before and after", last->name, KEEL_EXAMPLES_NOTE);
     cost_table(t, c);

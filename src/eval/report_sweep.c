@@ -222,6 +222,20 @@ static void seed_table(struct keel_text *t, const struct keel_sweep *s)
     add(t, ". The t interval takes the seeds' means as independent draws and knows nothing of prompts.</p></details>");
 }
 
+static void guard_section(struct keel_text *t, const struct keel_sweep *s)
+{
+    struct keel_text items = { 0 };
+    for (size_t i = 0; i < s->n; i++) {
+        for (size_t k = 0; k < s->at[i].n_runs; k++) {
+            char setting[96], label[128];
+            keel_setting_label(setting, s, &s->at[i]);
+            snprintf(label, sizeof label, s->n_seeds > 1 ? "%s, seed %lld" : "%s", setting, s->at[i].seed[k]);
+            keel_guard_item(&items, label, s->at[i].dir[k]);
+        }
+    }
+    keel_page_guards(t, &items);
+}
+
 void keel_sweep_page(struct keel_text *t, const char *dir, const json_t *m, const struct keel_sweep *s, const struct keel_figures *f,
                      bool *over)
 {
@@ -233,6 +247,7 @@ void keel_sweep_page(struct keel_text *t, const char *dir, const json_t *m, cons
     setting_table(t, s);
     monotone(t, s);
     *over = keel_page_budget(t, m, &g->drift);
+    guard_section(t, s);
     keel_page_figures(t, f);
     keel_setting_label(label, s, g);
     keel_page_answers(t, s->base, g->dir[0], "examples.jsonl", "Probes before and after", label, KEEL_EXAMPLES_NOTE);

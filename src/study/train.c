@@ -4,6 +4,7 @@
 
 #include <keel/steer.h>
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -115,13 +116,36 @@ out:
     return st;
 }
 
-// What the manifest says of a training. Without a step there is no loss.
-static json_t *training_json(const struct keel_train_result *r)
+static json_t *number_or_null(double v)
 {
-    return json_pack("{s:I, s:o, s:o, s:I, s:I, s:b, s:f}", "steps", (json_int_t)r->steps, "first_loss",
-                     r->steps > 0 ? json_real(r->first_loss) : json_null(), "last_loss", r->steps > 0 ? json_real(r->last_loss) : json_null(),
-                     "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params, "breached", r->breached, "prepare_seconds",
-                     r->prepare_seconds);
+    return isfinite(v) ? json_real(v) : json_null();
+}
+
+static json_t *monitor_json(const struct study_train *t)
+{
+    json_t *guards = json_array();
+    for (unsigned i = 0; i < t->n_guard; i++) {
+        json_array_append_new(guards, json_string(t->guard[i]));
+    }
+    return json_pack("{s:s, s:s?, s:o}", "rows", t->monitor, "direction", t->monitor_direction, "guard", guards);
+}
+
+// What the manifest says of a training. Without a step there is no loss.
+static json_t *training_json(const struct study_train *t, const struct keel_train_result *r)
+{
+    json_t *v = json_pack("{s:I, s:o, s:o, s:I, s:I, s:b, s:f}", "steps", (json_int_t)r->steps, "first_loss",
+                          number_or_null(r->steps > 0 ? r->first_loss : NAN), "last_loss", number_or_null(r->steps > 0 ? r->last_loss : NAN),
+                          "rows", (json_int_t)r->n_rows, "parameters", (json_int_t)r->n_params, "breached", r->breached, "prepare_seconds",
+                          r->prepare_seconds);
+    if (t->monitor) {
+        json_object_set_new(v, "monitor", monitor_json(t));
+    }
+    if (r->breached) {
+        json_object_set_new(v, "breach",
+                            json_pack("{s:s, s:f, s:o, s:I}", "metric", keel_monitor_name[r->breach.guard.metric], "limit",
+                                      r->breach.guard.limit, "value", number_or_null(r->breach.value), "step", (json_int_t)r->breach.step));
+    }
+    return v;
 }
 
 keel_status keel_study_train(struct study *s, struct study_folder *folder, const struct study_training *t, const char *adapter)
@@ -162,7 +186,7 @@ keel_status keel_study_train(struct study *s, struct study_folder *folder, const
     KEEL_TRY(keel_study_images(s, t->from, fixed));
     KEEL_TRY(mitigate(s, t->train, &params, &extra));
     KEEL_TRY(keel_train(s->model, &params, &result));
-    json_object_set_new(folder->manifest, "training", training_json(&result));
+    json_object_set_new(folder->manifest, "training", training_json(t->train, &result));
 out:
     keel_hooks_destroy(&extra.hooks);
     keel_directions_finish(&extra.along);

@@ -71,6 +71,7 @@ keel_status keel_train_guard_check(struct keel_train_run *r)
         return keel_train_state_save(&r->state, r->good_path);
     }
     r->breached = true;
+    r->breach = (struct keel_breach){ *g, r->monitor.value[g->metric], r->state.step };
     if (r->p->on_breach != KEEL_BREACH_ROLLBACK) {
         tell(r, g, r->p->on_breach == KEEL_BREACH_STOP ? "stopped, the adapter is written as it is" : "stopped, no adapter is written");
         return KEEL_OK;

@@ -319,6 +319,7 @@ keel_status keel_train(keel_model *model, const struct keel_train_params *params
                                               .n_params = r->adapter->n_params,
                                               .data_hash = r->set.hash,
                                               .breached = r->breached,
+                                              .breach = r->breach,
                                               .prepare_seconds = r->prepare_seconds };
     }
 out:

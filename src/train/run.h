@@ -78,6 +78,7 @@ struct keel_train_run {
     struct keel_train_monitor monitor;
     char *good_path; // state of the last measurement within all limits
     bool breached;
+    struct keel_breach breach;
     struct keel_plan plan; // memory, for the log
     struct keel_train_constrain constrain;
     struct keel_train_kl kl;

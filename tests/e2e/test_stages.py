@@ -350,6 +350,39 @@ def test_directions_of_few_rows(keel, tiny_c, chain, tmp_path):
     assert "tone, layer 1" in html and html.count(">too few rows<") == 2 and "nan" not in html.split("<h2>Directions")[1].split("</table>")[0]
 
 
+def test_monitor_and_guard_on_the_page(keel, tiny_c, chain, tmp_path):
+    """A stage's monitor measures what `train` measures, along a direction of the study; the pages plot it, with the limit and the breach."""
+    def run(limit):
+        out = tmp_path / f"out{limit}"
+        stage = f"""train: {{steps: 6, monitor: filler.jsonl, monitor_every: 2, monitor_direction: tone@1, guard: ["kl_mean<={limit}", "projection_shift<=1e9"]}}"""
+        (chain / "study.yaml").write_text(STUDY + EARLY.replace("layers: 0-1", "layers: 0-1, at: all").replace("from: attack, STAGE", f"from: base, {stage}"))
+        keel("study", chain / "study.yaml", "-m", tiny_c, "--out", out)
+        return out, {r["step"]: r["monitor"] for r in read_rows(out / "stages/late/train/log.jsonl") if "monitor" in r}
+    out, free = run(1000)
+    keel(*train_args(tiny_c, chain / "train.jsonl", tmp_path / "a.gguf", rank=4, lr=0.005, batch=2, steps=6, seed=1001, monitor=chain / "filler.jsonl",
+                     monitor_every=2, monitor_direction=f"{out}/directions/tone.safetensors@1", log=tmp_path / "log.jsonl"))
+    same = [r["monitor"] for r in read_rows(tmp_path / "log.jsonl") if "monitor" in r]
+    assert [{**m, "seconds": 0} for m in free.values()] == [{**m, "seconds": 0} for m in same] and "projection_shift" in same[0]
+    html = (out / "report.html").read_text()
+    assert "late: guard kl_mean&lt;=1000, projection_shift&lt;=1e9 held" in html and "attack: guard" not in html
+    assert free[2]["kl_mean"] < free[4]["kl_mean"]
+    limit = (free[2]["kl_mean"] + free[4]["kl_mean"]) / 2
+    out, _ = run(limit)
+    training = json.loads((out / "stages/late/manifest.json").read_text())["training"]
+    assert training["breached"] and training["steps"] == 2
+    assert training["breach"] == {"metric": "kl_mean", "limit": limit, "step": 4, "value": training["breach"]["value"]} and training["breach"]["value"] > limit
+    keel("report", out / "stages/late")
+    for page, name in ((out, "monitor_late"), (out / "stages/late", "monitor")):
+        html = (page / "report.html").read_text()
+        assert f"guard kl_mean&lt;={limit:g} was <b>broken</b> at step 4" in html and "rolled back to step 2" in html
+        assert "What the monitor measured while training" in html
+        plot = list(csv.DictReader((page / f"plots/{name}.csv").read_text().splitlines()))
+        assert [(r["step"], r["broken"], r["kept"]) for r in plot] == [("2", "0", "1"), ("4", "1", "0")]
+        assert all(math.isclose(float(r["kl_mean"]), free[int(r["step"])]["kl_mean"], rel_tol=1e-5) and r["flip_rate"] == "" for r in plot)
+        script = (page / f"plots/{name}-wide.gp").read_text()
+        assert f"kl_mean <= {limit:g}'" in script and "limit broken" in script and "projection_shift <= 1e+09 (above)" in script
+
+
 SWEEP = CHAIN.replace("slots: slots.jsonl\n", "slots: slots.jsonl\n", 1) + "sweep: {seed: [1, 2], mixture: [0.5, 1]}\n"
 RUNS = [f"rank-4_mixture-{m}_seed-{s}" for m in ("0.5", "1") for s in (1, 2)]
 

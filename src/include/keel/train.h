@@ -127,6 +127,12 @@ struct keel_train_params {
     .seed = 1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .weight_decay = 0.0, .grad_clip = 1.0,          \
     .lisa_align = 100, .lisa_task = 900, .lisa_rho = 1.0, .kl_weight = 1.0, .kl_rows = 4, .monitor_every = 10,
 
+// The measurement that ended a run: above a limit, or NaN: could not be measured.
+struct keel_breach {
+    struct keel_guard guard;
+    double value;
+    uint64_t step;
+};
 struct keel_train_result {
     uint64_t steps;
     double first_loss, last_loss;
@@ -135,6 +141,7 @@ struct keel_train_result {
     uint64_t n_rows, n_params; // data rows, trained parameters
     uint64_t data_hash;
     bool breached;          // a guard's limit was exceeded and the adapter is that of step `steps`
+    struct keel_breach breach; // where `breached`
     double prepare_seconds; // of `seconds`: what the base predicts, before the first step
 };
 
