@@ -65,8 +65,10 @@ static void draw(struct keel_figures *f, const struct lines *l, const struct loo
         return;
     }
     struct keel_figure *g = keel_figure_add(f, look->name, look->title, look->sentence);
+    size_t longest = 0;
     keel_text_addf(&g->csv, "%s", look->x);
     for (size_t k = 0; k < l->n; k++) {
+        longest = KEEL_MAX(longest, strlen(l->title[k]));
         keel_text_addf(&g->csv, ",%s", l->title[k]);
     }
     for (size_t i = 0; i < l->rows; i++) {
@@ -80,6 +82,9 @@ static void draw(struct keel_figures *f, const struct lines *l, const struct loo
         struct keel_text *gp = &g->script[narrow];
         g->height[narrow] += 20 * (int)l->n;
         keel_text_addf(gp, "set xlabel '%s'\nset ylabel '%s'\nset rmargin 3\nset key maxcols 1\n%s", look->x, look->y, look->extra);
+        if (narrow && longest > 32) { // gnuplot leaves out a key that is too wide
+            keel_text_addf(gp, "set key font ',%d'\n", KEEL_MAX(13 * 32 / (int)longest, 7));
+        }
         for (size_t k = 0; k < l->n; k++) {
             keel_text_addf(gp, "%s'%s.csv' skip 1 using 1:%zu with linespoints lw 2 ps 0.6 pt %d dt %d lc rgb '%s' title '%s'", k ? ", " : "plot ",
                            g->name, k + 2, l->dashed[k] ? 0 : 7, l->dashed[k] ? 2 : 1 + (int)(k / KEEL_COUNT(colours)),
@@ -103,11 +108,21 @@ static const char *text(const json_t *v)
     return s ? s : "";
 }
 
-// The file's name without folders and ending: what a legend has room for.
+// The file's name without folders and ending: what a legend has room for. In a study every adapter has the same, and its folder's name
+// says whose it is.
 static void short_name(char out[96], const char *path)
 {
-    const char *slash = strrchr(path, '/');
-    snprintf(out, 96, "%.95s", slash ? slash + 1 : path);
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const size_t generic = strcspn(name, ".");
+    if (slash && slash > path && generic == 7 && memcmp(name, "adapter", 7) == 0) {
+        const char *from = slash;
+        while (from > path && from[-1] != '/') {
+            from--;
+        }
+        snprintf(out, 96, "%.*s", (int)(slash - from), from);
+        return;
+    }
+    snprintf(out, 96, "%.95s", name);
     char *dot = strrchr(out, '.');
     if (dot && dot != out) {
         *dot = '\0';
@@ -238,7 +253,9 @@ static void adapter_name(char out[96], const json_t *adapter)
 static double *line_of(struct lines *l, const char *title)
 {
     size_t k = 0;
-    while (k < l->n && strcmp(l->title[k], title) != 0) {
+    char label[96];
+    keel_figure_label(label, title); // as it is kept
+    while (k < l->n && strcmp(l->title[k], label) != 0) {
         k++;
     }
     return k < l->n || add_line(l, title, false) ? l->value + k : NULL;
@@ -250,9 +267,10 @@ static void add_deltas(struct lines *l, const json_t *adapter, bool by_module)
     json_t *d;
     char name[96];
     adapter_name(name, adapter);
+    double *own = !by_module && add_line(l, name, false) ? l->value + l->n - 1 : NULL; // two may have one name
     json_array_foreach(json_object_get(adapter, "layers"), k, d) {
         const double relative = 100 * number(d, "relative");
-        double *line = line_of(l, by_module ? text(json_object_get(d, "module")) : name);
+        double *line = by_module ? line_of(l, text(json_object_get(d, "module"))) : own;
         if (line) {
             line += (size_t)number(d, "layer") * MAX_LINES;
             *line = isnan(*line) ? relative : KEEL_MAX(*line, relative);
