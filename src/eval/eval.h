@@ -181,8 +181,7 @@ size_t keel_budget_check(const struct keel_budget *b, const struct keel_drift *d
 #define KEEL_MANIFEST_FORMAT 1
 
 // Writes DIR/report.html with DIR/plots/ from the records and DIR/manifest.json (which may be missing); of a sweep (a manifest with
-// "runs") the pooled page. `over`, unless NULL,
-// is set when a budget of the manifest was exceeded. Errors: those of keel_drift_compute(), IO, FORMAT (manifest).
+// "runs") the pooled page, of a folder with a geometry.json alone its plots. `over`, unless NULL, is set when a budget of the manifest was exceeded. Errors: those of keel_drift_compute(), IO, FORMAT (manifest).
 keel_status keel_report_write(const char *dir, bool *over, const keel_log *log);
 
 // Appends text with & < > " ' written as entities; bytes that are not UTF-8 become U+FFFD, control characters a space.
@@ -218,7 +217,7 @@ void keel_figure_label(char out[96], const char *text);
 
 // The plots of one run, as far as there are data: margins, slot probes, in context, divergence, training loss.
 void keel_figures_of_run(struct keel_figures *f, const struct keel_drift *d, const char *dir);
-// The plots of DIR/geometry.json as `keel geometry --out DIR` writes it; none if there is no such file.
+// The plots of DIR/geometry.json as `keel geometry --out DIR` writes it; none if there is no such file, or it is none.
 void keel_figures_of_geometry(struct keel_figures *f, const char *dir);
 
 #endif

@@ -61,6 +61,11 @@ bool keel_has_modalities(const struct keel_drift *d, enum keel_metric metric);
 // The finest cells of slot probes: by domain and modality where there are several, else by domain.
 bool keel_is_cell(const struct keel_drift *d, const struct keel_drift_row *r);
 
+// Whether the folder holds a geometry.json and nothing of a study; and its page, with the plots of DIR/plots. Errors: FORMAT, IO,
+// NO_MEMORY.
+bool keel_geometry_alone(const char *dir);
+keel_status keel_geometry_page(struct keel_text *t, const char *dir, const keel_log *log);
+
 // --- sweeps --------------------------------------------------------------------------------------
 
 // The runs of one setting, pooled over their seeds.

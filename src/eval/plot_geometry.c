@@ -390,40 +390,99 @@ static void probe_figure(struct keel_figures *f, const json_t *probes)
 
 // --- all -----------------------------------------------------------------------------------------
 
+static void add_figures(struct keel_figures *f, const json_t *g)
+{
+    shift_figures(f, json_object_get(g, "shifts"));
+    angle_figure(f, json_object_get(g, "angles"));
+    delta_figure(f, json_object_get(g, "adapters"));
+    probe_figure(f, json_object_get(g, "probes"));
+}
+
 void keel_figures_of_geometry(struct keel_figures *f, const char *dir)
 {
     char path[4200];
     snprintf(path, sizeof path, "%s/geometry.json", dir);
     json_t *g = json_load_file(path, 0, NULL);
     if (g) {
-        shift_figures(f, json_object_get(g, "shifts"));
-        angle_figure(f, json_object_get(g, "angles"));
-        delta_figure(f, json_object_get(g, "adapters"));
-        probe_figure(f, json_object_get(g, "probes"));
+        add_figures(f, g);
     }
     json_decref(g);
+}
+
+// Every plot that a geometry.json may have.
+static const char *const names[] = { "geometry_scree", "geometry_shift", "geometry_components", "geometry_angles", "geometry_delta",
+                                     "geometry_probes" };
+
+// Plots of an earlier result in this folder that this one does not have, which would pass for its own.
+static void remove_others(const struct keel_figures *f, const char *dir)
+{
+    static const char *const ends[] = { ".csv", "-wide.gp", "-narrow.gp", "-wide.svg", "-narrow.svg" };
+    for (size_t i = 0; i < KEEL_COUNT(names); i++) {
+        bool drawn = false;
+        for (size_t k = 0; k < f->n; k++) {
+            drawn = drawn || strcmp(f->at[k].name, names[i]) == 0;
+        }
+        for (size_t k = 0; k < KEEL_COUNT(ends) && !drawn; k++) {
+            char path[4300];
+            snprintf(path, sizeof path, "%.4200s/plots/%s%s", dir, names[i], ends[k]);
+            remove(path);
+        }
+    }
+}
+
+bool keel_geometry_alone(const char *dir)
+{
+    static const char *const study[] = { "manifest.json", "base", "tuned" };
+    char path[4300];
+    for (size_t i = 0; i < KEEL_COUNT(study); i++) {
+        snprintf(path, sizeof path, "%.4200s/%s", dir, study[i]);
+        if (keel_path_exists(path)) {
+            return false;
+        }
+    }
+    snprintf(path, sizeof path, "%.4200s/geometry.json", dir);
+    return keel_path_exists(path);
+}
+
+keel_status keel_geometry_page(struct keel_text *t, const char *dir, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    struct keel_figures f = { 0 };
+    json_error_t error;
+    char path[4300];
+    snprintf(path, sizeof path, "%.4200s/geometry.json", dir);
+    json_t *g = json_load_file(path, 0, &error);
+    if (!g) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s:%d: invalid geometry: %s; write it again with keel geometry --out %s", path, error.line, error.text,
+                  dir);
+    }
+    add_figures(&f, g);
+    KEEL_TRY(keel_figures_draw(&f, dir, log));
+    remove_others(&f, dir);
+    keel_page_open(t, "Geometry");
+    keel_page_figures(t, &f);
+    keel_page_add(t, f.n == 0 ? "<p>There is nothing to plot in geometry.json.</p>" : "");
+    keel_page_close(t, "Numbers: geometry.json and plots/*.csv beside this page.");
+out:
+    json_decref(g);
+    keel_figures_finish(&f);
+    return st;
 }
 
 keel_status keel_geometry_write(const char *json, const char *dir, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    struct keel_figures f = { 0 };
     struct keel_text result = { 0 }, page = { 0 };
     char path[4200];
     KEEL_TRY(keel_make_dirs(dir, log));
     keel_text_addf(&result, "%s\n", json);
     snprintf(path, sizeof path, "%s/geometry.json", dir);
     KEEL_TRY(keel_text_save(&result, path, log));
-    keel_figures_of_geometry(&f, dir);
-    KEEL_TRY(keel_figures_draw(&f, dir, log));
-    keel_page_open(&page, "Geometry");
-    keel_page_figures(&page, &f);
-    keel_page_close(&page, "Numbers: geometry.json and plots/*.csv beside this page.");
+    KEEL_TRY(keel_geometry_page(&page, dir, log));
     snprintf(path, sizeof path, "%s/geometry.html", dir);
     KEEL_TRY(keel_text_save(&page, path, log));
 out:
     keel_text_finish(&result);
     keel_text_finish(&page);
-    keel_figures_finish(&f);
     return st;
 }

@@ -173,6 +173,7 @@ static keel_status pooled(struct keel_text *t, const char *dir, const json_t *m,
     KEEL_TRY(keel_sweep_load(&s, dir, m, NULL, log));
     KEEL_TRY(keel_sweep_write(&s, dir, log));
     keel_figures_of_sweep(&figures, &s);
+    keel_figures_of_geometry(&figures, dir);
     KEEL_TRY(keel_figures_draw(&figures, dir, log));
     keel_sweep_page(t, dir, m, &s, &figures, over);
 out:
@@ -189,6 +190,7 @@ static keel_status chained(struct keel_text *t, const char *dir, const json_t *m
     KEEL_TRY(keel_chain_load(&c, dir, m, log));
     KEEL_TRY(keel_chain_write(&c, dir, log));
     keel_figures_of_chain(&figures, &c);
+    keel_figures_of_geometry(&figures, dir);
     KEEL_TRY(keel_figures_draw(&figures, dir, log));
     keel_chain_page(t, dir, m, &c, &figures, over);
 out:
@@ -208,7 +210,8 @@ keel_status keel_report_write(const char *dir, bool *over, const keel_log *log)
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: no such folder; give the --out folder of keel study", dir);
     }
     KEEL_TRY(keel_manifest_load(&m, dir, log));
-    KEEL_TRY((json_object_get(m, "stages") ? chained : json_object_get(m, "runs") ? pooled : single)(&t, dir, m, &exceeded, log));
+    KEEL_TRY(keel_geometry_alone(dir) ? keel_geometry_page(&t, dir, log)
+             : (json_object_get(m, "stages") ? chained : json_object_get(m, "runs") ? pooled : single)(&t, dir, m, &exceeded, log));
     snprintf(path, sizeof path, "%s/report.html", dir);
     KEEL_TRY(keel_text_save(&t, path, log));
     if (over) {

@@ -77,6 +77,16 @@ def test_stages_are_what_the_commands_give(keel, tiny_c, chain, tmp_path):
     assert [r["step"] for r in watched] == [0, 2, 4, 5] and all(r["n"] == 5 and "projection" in r for r in watched)
     html = (out / "report.html").read_text()
     assert all(f">{s}<" in html for s in stages) and "http://" not in html.replace("http://www.w3.org", "")
+    # The geometry of the chain is on the chain's page, between what it had and nothing less.
+    keel("geometry", "-m", tiny_c, "--adapter", adapter("attack"), "--data", chain / "train.jsonl", "--out", out)
+    keel("report", out)
+    page = (out / "report.html").read_text()
+    for title in ("How many dimensions the shift has", "Where the activations moved", "What the adapters add to the weights"):
+        assert title in page and title not in html
+    delta = (out / "plots/geometry_delta.csv").read_text().splitlines()
+    assert delta[0].split(",") == ["layer", "attn q", "attn k", "attn v", "attn output", "ffn gate", "ffn up", "ffn down"] and "" not in delta[1].split(",")
+    assert (out / "plots/geometry_shift.csv").read_text().startswith("layer,attack on train\n")
+    assert page.count("<h2>") == html.count("<h2>") + 4
     keel("report", out / "stages/repair")
     assert "Drift report: tiny" in (out / "stages/repair/report.html").read_text()
 

@@ -628,6 +628,15 @@ def test_geometry_plots(keel, tiny_a, oracle, tmp_path):
         assert len(lines) > 5 and all(len(x.split(",")) == len(lines[0].split(",")) for x in lines)
     if shutil.which("gnuplot"):
         assert (tmp_path / "g" / "geometry.html").read_text().count("<svg") == 2 * len(names)
+    # report shows them where there is nothing else; another result leaves nothing of this one.
+    keel("report", tmp_path / "g")
+    assert (tmp_path / "g" / "report.html").read_text() == (tmp_path / "g" / "geometry.html").read_text()
+    keel("geometry", "-m", tiny_a, "--adapter", tmp_path / "a.gguf", "--out", tmp_path / "g")
+    assert {p.name.split(".")[0].split("-")[0] for p in plots.iterdir()} == {"geometry_delta"}
+    keel("report", tmp_path / "g")
+    assert "How many dimensions" not in (tmp_path / "g" / "report.html").read_text()
+    (tmp_path / "g" / "geometry.json").write_text("{")
+    keel.fails("report", tmp_path / "g", says=["geometry.json:1", "keel geometry --out"])
 
 
 def test_principal_angles(keel, tmp_path):

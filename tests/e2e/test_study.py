@@ -129,6 +129,9 @@ def test_sweep_killed_and_continued(keel, tiny_c, folder, tmp_path):
     assert any(x["p_contrary"] != y["p_contrary"] for x, y in zip(a, b))
     rows = list(csv.DictReader(results(whole)["summary.csv"].splitlines()))
     assert {r["seeds"] for r in rows} == {"2"} and {(r["rank"], r["mixture"]) for r in rows} == {("2", "1"), ("4", "1"), ("4", "0.5")}
+    keel("geometry", "-m", tiny_c, "--adapter", whole / "runs" / RUNS[0] / "adapter.gguf", "--out", whole)
+    keel("report", whole)
+    assert "What the adapters add to the weights" in (whole / "report.html").read_text()
     # A run's own page needs the base of the sweep only.
     keel("report", whole / "runs" / RUNS[0])
     assert "Drift report: tiny" in (whole / "runs" / RUNS[0] / "report.html").read_text()

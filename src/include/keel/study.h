@@ -42,7 +42,7 @@ KEEL_API keel_status keel_study_run(const struct keel_study_params *params, stru
 // Errors: IO, DATA, FORMAT, MISMATCH.
 KEEL_API keel_status keel_report(const char *dir, struct keel_study_result *result, const keel_log *log);
 // Writes the result of `keel geometry` (JSON text, docs/steering.md) as DIR/geometry.json, its plots and DIR/geometry.html; keel_report()
-// shows the plots of a run folder that has one. Errors: IO, NO_MEMORY; a missing gnuplot is none.
+// shows the plots of a folder that has one, of a study or not. What an earlier result had and this one has not is removed. Errors: IO, NO_MEMORY; a missing gnuplot is none.
 KEEL_API keel_status keel_geometry_write(const char *json, const char *dir, const keel_log *log);
 
 #ifdef __cplusplus
