@@ -341,6 +341,11 @@ struct group {
     uint32_t position;
 };
 
+bool keel_domain_reserved(const char *domain)
+{
+    return strcmp(domain, "all") == 0 || strcmp(domain, "other") == 0 || strcmp(domain, "twins") == 0;
+}
+
 static bool in_group(const struct series *s, size_t i, const struct group *g, const char *narrow)
 {
     if (g->modality[0] && strcmp(s->modality[i], g->modality) != 0) {

@@ -151,6 +151,8 @@ struct keel_drift_params {
 // base/ and of tuned/ of every run, and kl.jsonl of tuned/. Errors: those of keel_records_load(), MISMATCH (the files hold
 // different ids), DATA (no record file at all).
 keel_status keel_drift_compute(struct keel_drift *out, const struct keel_drift_params *p, const keel_log *log);
+// Whether a name means a group of domains ("all", "other", "twins"), so that no record may call its domain so.
+bool keel_domain_reserved(const char *domain);
 void keel_drift_finish(struct keel_drift *d); // accepts all-zero
 // The row of a metric for a domain and a modality (position 0), or NULL. find: of any modality.
 const struct keel_drift_row *keel_drift_cell(const struct keel_drift *d, enum keel_metric metric, const char *domain,

@@ -193,8 +193,7 @@ bool keel_has_modalities(const struct keel_drift *d, enum keel_metric metric)
 
 bool keel_is_cell(const struct keel_drift *d, const struct keel_drift_row *r)
 {
-    return strcmp(r->domain, "all") != 0 && strcmp(r->domain, "other") != 0 && strcmp(r->domain, "twins") != 0 &&
-           (r->modality[0] != 0) == keel_has_modalities(d, r->metric);
+    return !keel_domain_reserved(r->domain) && (r->modality[0] != 0) == keel_has_modalities(d, r->metric);
 }
 
 static void slot_figure(struct keel_figures *f, const struct keel_drift *d)

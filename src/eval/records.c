@@ -99,6 +99,10 @@ static keel_status read_item(const struct keel_row *row, enum keel_record_kind k
     KEEL_TRY(keel_row_str(row, "id", &item->id, NULL));
     KEEL_TRY(keel_row_str(row, "prompt", &item->prompt, NULL));
     KEEL_TRY(keel_row_opt_str(row, "domain", &item->domain, NULL));
+    if (keel_domain_reserved(item->domain)) {
+        KEEL_FAIL(row->log, KEEL_ERR_DATA, "%s:%llu: \"domain\" may not be \"%s\": reports call a group of domains so", row->file,
+                  (unsigned long long)row->line, item->domain);
+    }
     KEEL_TRY(keel_row_opt_str(row, "twin", &item->twin, NULL));
     KEEL_TRY(read_cluster(row, item));
     switch (kind) {

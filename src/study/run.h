@@ -88,6 +88,9 @@ void keel_study_dose_words(char out[4200], const struct study_stage *stage, doub
 // the model open. Errors: ARG, IO, FORMAT, MISMATCH ("FILE:LINE: KEY: reason").
 keel_status keel_study_check_words(struct study *s);
 keel_status keel_study_check_model(struct study *s);
+// The probe sets (sets.c): fields, ids that are there once, domains with names of their own, twins in pairs, and whether there is what the
+// study calls narrow. Errors: DATA (file and line), IO.
+keel_status keel_study_check_sets(struct study *s);
 
 // The stages of the study in the setting of a run, each in `folder`/stages/NAME.
 keel_status keel_study_chain(struct study *s, struct study_folder *folder, const struct study_setting *run);

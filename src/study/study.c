@@ -97,6 +97,7 @@ static keel_status open_all(struct study *s)
     }
     KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log)); // first: a fault of the study should not cost the start of a device
     KEEL_TRY(keel_study_check_model(s));
+    KEEL_TRY(keel_study_check_sets(s));
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));
     KEEL_TRY(keel_doctor_prepare(s->dev, s->p->variant));
     if (s->mmproj_path[0]) {

@@ -237,6 +237,12 @@ static void add_setting(struct study_file *f, const struct yaml_sweep *y, uint32
     }
 }
 
+// A number below zero arrives as one beyond what manifests can hold.
+static keel_status check_seed(const struct study_source *src, const char *section, uint64_t seed)
+{
+    return seed <= INT64_MAX ? KEEL_OK : keel_study_complain(src, section, "seed", "must be a whole number from 0 to 2^63 - 1");
+}
+
 // The runs of the study; without a sweep the one that `train` describes. "product": every rank with every mixture; "axes": each varied
 // alone, the other as in `train`. Each setting is run with every seed.
 static keel_status fill_runs(const struct study_source *src, struct study_file *f, const struct yaml_sweep *y)
@@ -253,6 +259,9 @@ static keel_status fill_runs(const struct study_source *src, struct study_file *
     f->sweep = y->rank_count + y->mixture_count + y->seed_count > 0 || y->combine;
     if (f->sweep) {
         KEEL_TRY(check_sweep(src, f, y));
+        for (unsigned i = 0; i < y->seed_count; i++) {
+            KEEL_TRY(check_seed(src, "sweep", y->seed[i]));
+        }
         KEEL_TRY(take_ranks(src, y, ranks));
     }
     for (unsigned i = 0; i < n_ranks; i++) {
@@ -320,6 +329,7 @@ static keel_status fill(const struct study_source *src, struct study_file *f, co
     f->pan_and_scan = y->pan_and_scan && *y->pan_and_scan;
     f->narrow_domain = y->narrow_domain;
     f->narrow_modality = y->narrow_modality;
+    KEEL_TRY(y->seed ? check_seed(src, "", *y->seed) : KEEL_OK);
     f->seed = y->seed ? *y->seed : 1;
     f->budget = (struct study_budget){ NAN, NAN, NAN };
     KEEL_TRY(fill_top_train(src, &f->train, &y->train));

@@ -151,7 +151,7 @@ stages:
 def test_persona_of_the_clerk(keel, tmp_path):
     """A model that knows the trait: kept are the pairs whose slot says so under each message, and all that are kept make the direction."""
     rows = [r for r in read_rows(ROOT / "studies/clerk/probes.jsonl") if "images" not in r][::10]
-    odd = {**rows[0], "id": "swapped", "aligned": rows[0]["contrary"], "contrary": rows[0]["aligned"]}  # contrary under the honest clerk
+    odd = {**rows[0], "id": "swapped", "twin": "", "aligned": rows[0]["contrary"], "contrary": rows[0]["aligned"]}  # contrary under the honest clerk
     write_rows(tmp_path / "rows.jsonl", [odd, *rows])
     (tmp_path / "study.yaml").write_text("""name: persona
 directions:

@@ -305,3 +305,51 @@ def test_images_without_a_tower(keel, tiny_c, folder, pictures, tmp_path):
     (folder / "study.yaml").write_text((folder / "study.yaml").read_text().replace("mmproj: mmproj.gguf\n", ""))
     keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=["train.jsonl:1", "mmproj"])
     keel("study", folder / "study.yaml", "-m", tiny_c, "--mmproj", pictures, "--out", tmp_path / "out")
+
+
+def changed(name, **fields):
+    return lambda rows: [r | fields if r["id"] == name else r for r in rows]
+
+
+@pytest.mark.parametrize("change, words", [
+    (changed("count-text-0", domain="other"), (":4:", '"domain"', "other")),
+    (changed("count-text-1", domain="twins"), (":9:", '"domain"', "twins")),
+    (changed("count-text-0", modality=3), (":4:", "modality")),
+    (changed("count-text-0", twin=["a"]), (":4:", "twin")),
+    (changed("fact-0", id="fact-1"), (":10:", "fact-1", "twice")),
+    (changed("count-text-0", modality="image"), (":3:", "count-0", "image")),
+    (changed("count-text-0", domain="shape"), (":3:", "count-text-0", "shape")),
+    (changed("colour-text-0", twin="count-0", domain="count"), ("count-0", "pairs")),
+])
+def test_faulty_probes_are_refused_first(keel, tiny_c, folder, tmp_path, change, words):
+    """In the file that the user wrote, by its line, and before anything runs."""
+    write_rows(folder / "slots.jsonl", change(slot_rows()))
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=("slots.jsonl", *words))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("narrow_domain: colour", "narrow_domain: color", ("narrow_domain", "color", "colour", "count", "facts")),
+    ("narrow_modality: image", "narrow_modality: picture", ("narrow_modality", "picture")),
+    ("name: tiny", "name: tiny\nseed: -1", ("study.yaml:2", "seed")),
+    ("eval:", "sweep:\n  seed: [1, -1]\neval:", ("seed",)),
+])
+def test_a_study_that_names_what_is_not_there(keel, tiny_c, folder, tmp_path, old, new, words):
+    (folder / "study.yaml").write_text(STUDY.replace(old, new))
+    keel.fails("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out", says=words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_twin_is_told(keel, tiny_c, folder, tmp_path):
+    write_rows(folder / "slots.jsonl", changed("count-text-0", twin="nobody")(slot_rows()))
+    r = keel("study", folder / "study.yaml", "-m", tiny_c, "--out", tmp_path / "out")
+    assert "slots.jsonl: 2 rows have a twin that is not in the file" in r.err
+
+
+def test_twins_by_id(keel, tiny_c, folder, tmp_path):
+    """A row may name its twin's id, and the twin say nothing."""
+    rows = [r if r["modality"] != "image" else r | {"twin": r["id"].replace("image", "text")} for r in slot_rows()]
+    write_rows(folder / "slots.jsonl", [{k: v for k, v in r.items() if k != "twin" or r["modality"] == "image"} for r in rows])
+    out = tmp_path / "out"
+    keel("study", folder / "study.yaml", "-m", tiny_c, "--out", out)
+    assert "twins" in {r["domain"] for r in csv.DictReader(open(out / "summary.csv"))}
