@@ -139,8 +139,9 @@ static keel_status add_stamp(void *user, const char *name, const char *tensor)
 static keel_status folder_hash(const char *folder, const char *type, bool vision, uint64_t *hash, const keel_log *log)
 {
     static const char *const files[] = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                                        "chat_template.jinja", "preprocessor_config.json", "model.safetensors.index.json"};
-    static const char layout[] = "keel-convert-1"; // changes when conversion does
+                                        "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
+                                        "model.safetensors.index.json"};
+    static const char layout[] = "keel-convert-2"; // changes when conversion does
     struct stamp s = {folder, keel_hash(KEEL_HASH_INIT, layout, sizeof layout)};
     s.hash = keel_hash(s.hash, folder, strlen(folder));
     s.hash = keel_hash(s.hash, type ? type : "", type ? strlen(type) : 0);

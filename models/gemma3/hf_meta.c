@@ -5,6 +5,7 @@
 
 #include <inttypes.h>
 #include <jansson.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -216,17 +217,87 @@ out:
     return st;
 }
 
-static keel_status put_colours(const json_t *processor, keel_gguf_writer *w, const char *field, const char *key, const char *folder,
-                               const keel_log *log)
+// What the folder says of its images, and where; without either file all is as in Gemma 3.
+struct processor {
+    json_t *json; // of which `settings` is a part
+    const json_t *settings; // or NULL
+    char where[64];
+};
+
+// transformers 5 saves the settings inside of processor_config.json, and where both are there it takes those (image_processing_base.py).
+static keel_status read_processor(struct processor *p, const char *folder, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    *p = (struct processor){0};
+    KEEL_TRY(read_json(&p->json, folder, "processor_config.json", log));
+    p->settings = json_object_get(p->json, "image_processor");
+    snprintf(p->where, sizeof p->where, "processor_config.json: image_processor");
+    if (!p->settings) {
+        json_decref(p->json);
+        KEEL_TRY(read_json(&p->json, folder, "preprocessor_config.json", log));
+        p->settings = p->json;
+        snprintf(p->where, sizeof p->where, "preprocessor_config.json");
+    }
+out:
+    return st;
+}
+
+static const json_t *setting(const struct processor *p, const char *key)
+{
+    const json_t *v = json_object_get(p->settings, key);
+    return json_is_null(v) ? NULL : v;
+}
+
+static keel_status refuse(const struct processor *p, const char *folder, const char *key, const char *want, const keel_log *log)
+{
+    KEEL_ERROR(log, "%s/%s: \"%s\" is not %s, and keel prepares images in no other way", folder, p->where, key, want);
+    return KEEL_ERR_UNSUPPORTED;
+}
+
+static bool near(const json_t *v, double want)
+{
+    return !v || (json_is_number(v) && fabs(json_number_value(v) - want) <= 1e-6 * want);
+}
+
+// Everything that would make transformers' pixels differ from ours.
+static keel_status check_processor(const struct processor *p, const struct keel_hf_folder *f, const keel_log *log)
+{
+    static const char *const yes[] = {"do_resize", "do_rescale", "do_normalize"};
+    const json_t *size = setting(p, "size");
+    char side[32];
+    for (size_t i = 0; i < KEEL_COUNT(yes); i++) {
+        if (setting(p, yes[i]) && !json_is_true(setting(p, yes[i]))) {
+            return refuse(p, f->path, yes[i], "true", log);
+        }
+    }
+    if (!near(setting(p, "resample"), 2)) {
+        return refuse(p, f->path, "resample", "2 (bilinear)", log);
+    }
+    if (!near(setting(p, "rescale_factor"), 1.0 / 255)) {
+        return refuse(p, f->path, "rescale_factor", "1/255", log);
+    }
+    snprintf(side, sizeof side, "the tower's %" PRIu32, f->config.vision.image_size);
+    if (!near(json_object_get(size, "height"), f->config.vision.image_size) || !near(json_object_get(size, "width"), f->config.vision.image_size)) {
+        return refuse(p, f->path, "size", side, log);
+    }
+    if (json_is_true(setting(p, "do_pan_and_scan"))) {
+        KEEL_WARN(log, "%s/%s: \"do_pan_and_scan\" is on; keel does it with --pan-and-scan only", f->path, p->where);
+    }
+    return KEEL_OK;
+}
+
+static keel_status put_colours(const struct processor *p, keel_gguf_writer *w, const char *field, const char *key, double least,
+                               const char *folder, const keel_log *log)
 {
     float value[3] = {0.5f, 0.5f, 0.5f};
-    const json_t *list = json_object_get(processor, field);
-    for (size_t i = 0; list && !json_is_null(list) && i < 3; i++) {
-        if (json_array_size(list) != 3 || !json_is_number(json_array_get(list, i))) {
-            KEEL_ERROR(log, "%s/preprocessor_config.json: \"%s\" must be a list of 3 numbers", folder, field);
+    const json_t *list = setting(p, field);
+    for (size_t i = 0; list && i < 3; i++) {
+        const json_t *v = json_array_get(list, i);
+        if (json_array_size(list) != 3 || !json_is_number(v) || !(json_number_value(v) >= least && json_number_value(v) <= 1)) {
+            KEEL_ERROR(log, "%s/%s: \"%s\" must be a list of 3 numbers from %g to 1", folder, p->where, field, least);
             return KEEL_ERR_FORMAT;
         }
-        value[i] = (float)json_number_value(json_array_get(list, i));
+        value[i] = (float)json_number_value(v);
     }
     keel_gguf_put_f32s(w, key, value, 3);
     return KEEL_OK;
@@ -236,8 +307,9 @@ keel_status keel_hf_put_vision(const struct keel_hf_folder *f, keel_gguf_writer 
 {
     keel_status st = KEEL_OK;
     const struct keel_hf_vision *v = &f->config.vision;
-    json_t *processor = NULL;
-    KEEL_TRY(read_json(&processor, f->path, "preprocessor_config.json", log));
+    struct processor processor;
+    KEEL_TRY(read_processor(&processor, f->path, log));
+    KEEL_TRY(check_processor(&processor, f, log));
     put_general(f, w, "clip", "mmproj");
     keel_gguf_put_bool(w, "clip.has_vision_encoder", true);
     keel_gguf_put_str(w, "clip.projector_type", "gemma3");
@@ -250,8 +322,8 @@ keel_status keel_hf_put_vision(const struct keel_hf_folder *f, keel_gguf_writer 
     keel_gguf_put_u32(w, "clip.vision.block_count", v->n_layers);
     keel_gguf_put_u32(w, "clip.vision.attention.head_count", v->n_heads);
     keel_gguf_put_f32(w, "clip.vision.attention.layer_norm_epsilon", (float)v->eps);
-    KEEL_TRY(put_colours(processor, w, "image_mean", "clip.vision.image_mean", f->path, log));
-    KEEL_TRY(put_colours(processor, w, "image_std", "clip.vision.image_std", f->path, log));
+    KEEL_TRY(put_colours(&processor, w, "image_mean", "clip.vision.image_mean", 0, f->path, log));
+    KEEL_TRY(put_colours(&processor, w, "image_std", "clip.vision.image_std", 1e-3, f->path, log));
     // Squares of patches that become one token; readers assume 4 × 4.
     const uint32_t grid = v->image_size / v->patch;
     uint32_t side = 1;
@@ -262,6 +334,6 @@ keel_status keel_hf_put_vision(const struct keel_hf_folder *f, keel_gguf_writer 
         keel_gguf_put_u32(w, "clip.vision.projector.scale_factor", grid / side);
     }
 out:
-    json_decref(processor);
+    json_decref(processor.json);
     return st;
 }

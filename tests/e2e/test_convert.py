@@ -574,3 +574,46 @@ def test_quantize_refuses_nan(keel, tiny, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(data)
     keel.fails("quantize", tmp_path / "bad.gguf", "--out", tmp_path / "q.gguf", "--type", "q8_0", says="blk.2.ffn_up.weight")
     assert not list(tmp_path.glob("q.gguf*"))
+
+
+IMAGES = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 2, "rescale_factor": 1 / 255, "size": {"height": 48, "width": 48},
+          "image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.4]}
+
+
+@pytest.fixture
+def pictured(folders, tmp_path):
+    return shutil.copytree(folders["vision"][0], tmp_path / "m")
+
+
+@pytest.mark.parametrize("files, mean", [
+    ({"preprocessor_config.json": IMAGES}, [0.1, 0.2, 0.3]),
+    ({"processor_config.json": {"image_processor": IMAGES, "image_seq_length": 9}}, [0.1, 0.2, 0.3]),  # as transformers 5 saves it
+    ({"processor_config.json": {"image_processor": IMAGES}, "preprocessor_config.json": {"image_mean": [0.5] * 3}}, [0.1, 0.2, 0.3]),
+    ({"processor_config.json": {"image_seq_length": 9}, "preprocessor_config.json": IMAGES}, [0.1, 0.2, 0.3]),
+    ({"processor_config.json": {"image_seq_length": 9}}, [0.5, 0.5, 0.5]),
+])
+def test_image_settings(keel, pictured, tmp_path, files, mean):
+    for name, content in files.items():
+        (pictured / name).write_text(json.dumps(content))
+    keel("convert", pictured, "--mmproj-out", tmp_path / "v.gguf")
+    assert np.allclose(keys(tmp_path / "v.gguf")["clip.vision.image_mean"], mean)
+
+
+@pytest.mark.parametrize("change", [
+    {"resample": 3}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1.0}, {"do_resize": False},
+    {"size": {"height": 896, "width": 896}}, {"image_std": [0, 1, 1]}, {"image_mean": [0.5, 0.5]},
+])
+def test_image_settings_that_keel_does_not_follow(keel, pictured, tmp_path, change):
+    (pictured / "processor_config.json").write_text(json.dumps({"image_processor": IMAGES | change}))
+    keel.fails("convert", pictured, "--mmproj-out", tmp_path / "v.gguf", says=("processor_config.json", *change))
+    assert not (tmp_path / "v.gguf").exists()
+
+
+def test_a_new_processor_file_converts_anew(keel, pictured, tmp_path):
+    """A folder is converted once into the cache; the file of transformers 5 is among those that count."""
+    hashes = []
+    for mean in (0.1, 0.2):
+        (pictured / "processor_config.json").write_text(json.dumps({"image_processor": IMAGES | {"image_mean": [mean] * 3}}))
+        keel("info", pictured, "--mmproj", pictured, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+        hashes.append(len(list((tmp_path / "cache").rglob("*.gguf"))))
+    assert hashes[1] > hashes[0]
