@@ -8,6 +8,7 @@
 // vertical pass first where that is cheaper; then pixels differ by at most 1).
 #include "formats.h"
 
+#include "image_check.h"
 #include "image_stb.h"
 
 #include <math.h>
@@ -26,8 +27,13 @@ static keel_status read_size(int *w, int *h, const uint8_t *data, size_t len, co
     }
     keel_stb_budget = 1u << 20; // headers only
     if (!stbi_info_from_memory(data, (int)len, w, h, &channels)) {
+        // Asked for the size, stb tries one format after the other and keeps the reason of the last; decoding goes by the signature.
+        free(stbi_load_from_memory(data, (int)len, w, h, &channels, 3));
         const char *why = stbi_failure_reason();
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: no image that keel reads (%s); it reads PNG, JPEG, BMP and GIF", name, why ? why : "");
+    }
+    if (*h < 0 && *h > INT32_MIN) {
+        *h = -*h; // a BMP whose rows begin at the top
     }
     if (*w <= 0 || *h <= 0) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is %d × %d pixels", name, *w, *h);
@@ -56,6 +62,7 @@ keel_status keel_image_decode(struct keel_image *out, const uint8_t *data, size_
     int w = 0, h = 0, channels = 0;
     memset(out, 0, sizeof *out);
     KEEL_TRY(read_size(&w, &h, data, len, name, log));
+    KEEL_TRY(keel_image_check(data, len, name, log));
     // 4 channels of 16 bits, or JPEG coefficients of whole 32 × 32 units, and stb doubles buffers that it grows.
     keel_stb_budget = ((size_t)w + 64) * ((size_t)h + 64) * 16 + 2 * len;
     out->rgb = stbi_load_from_memory(data, (int)len, &w, &h, &channels, 3);
