@@ -25,7 +25,7 @@ keel_status keel_map_open(struct keel_map *out, const char *path, const keel_log
     keel_status st = KEEL_OK;
     struct stat sb;
     *out = (struct keel_map){ 0 };
-    const int fd = open(path, O_RDONLY | O_CLOEXEC);
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // else a FIFO without a writer waits here for ever
     if (fd < 0) {
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: cannot open: %s", path, strerror(errno));
     }

@@ -147,6 +147,27 @@ static void test_sizes(void **state)
     }
 }
 
+static void keep_text(void *user, enum keel_log_level level, const char *text)
+{
+    (void)level;
+    snprintf(user, 256, "%s", text);
+}
+
+// Refused, and not waited for until somebody writes.
+static void test_map_of_fifo(void **state)
+{
+    char text[256] = { 0 };
+    struct keel_map map;
+    const keel_log log = { .level = KEEL_LOG_ERROR, .write = keep_text, .user = text };
+    (void)state;
+    assert_int_equal(mkfifo(at("pipe"), 0600), 0);
+    alarm(10); // ends the test should it wait
+    assert_int_equal(keel_map_open(&map, at("pipe"), &log), KEEL_ERR_IO);
+    alarm(0);
+    assert_non_null(strstr(text, "is not a regular file"));
+    assert_int_equal(unlink(at("pipe")), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -154,6 +175,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_leftovers, setup, teardown),
         cmocka_unit_test_setup_teardown(test_together, setup, teardown),
         cmocka_unit_test(test_sizes),
+        cmocka_unit_test_setup_teardown(test_map_of_fifo, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
