@@ -249,7 +249,15 @@ static keel_status next_turn(const struct context *c, const struct answer *last,
 // "/image FILE": shown with the next question. A file that cannot be read is said and forgotten.
 static keel_status chat_image(struct context *c, const struct run_args *a, struct shown *s, char *path)
 {
-    path[strcspn(path, "\r\n")] = 0;
+    static const char blank[] = " \t\r\n";
+    path += strspn(path, blank);
+    for (size_t n = strlen(path); n > 0 && strchr(blank, path[n - 1]); n--) {
+        path[n - 1] = 0;
+    }
+    if (!*path) {
+        say(c, KEEL_LOG_ERROR, "/image without a file; write /image FILE to show one with the next question");
+        return KEEL_OK;
+    }
     if (!c->images) {
         say(c, KEEL_LOG_ERROR, "/image needs a vision tower: start with --mmproj");
         return KEEL_OK;
@@ -280,8 +288,8 @@ static keel_status run_chat(struct context *c, const struct run_args *a, uint32_
         if (len < 0) {
             break;
         }
-        if (strncmp(line, "/image ", 7) == 0) {
-            st = chat_image(c, a, s, line + 7);
+        if (strncmp(line, "/image", 6) == 0 && strchr(" \t\r\n", line[6])) {
+            st = chat_image(c, a, s, line + 6);
             continue;
         }
         if (strspn(line, " \t\r\n") == (size_t)len) {

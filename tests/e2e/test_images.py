@@ -147,15 +147,15 @@ def test_generate_image_first(keel, make_pair):
 
 
 def test_chat_turns(keel, make_pair):
-    """An image with the first turn, one with a later turn by /image, a file that is none in between."""
+    """An image with the first turn, one with a later turn by /image, a file that is none and /image alone in between."""
     model, mmproj, vlm, folder = make_pair("tiny_a")
     (folder / "no.png").write_text("no image")
-    lines = f"what is it?\n/image {folder}/no.png\n/image {folder}/p2.png\nand this?\n"
+    lines = f"what is it?\n/image {folder}/no.png\n/image\n/image  \n/image  {folder}/p2.png \nand this?\n"
     r = subprocess.run(keel.argv("run", "-m", model, "--mmproj", mmproj, "--image", folder / "p0.png", "--json", "--greedy", "-n", 4),
                        input=lines.encode(), capture_output=True, env=keel.env, timeout=keel.timeout)
     assert r.returncode == 0, r.stderr
     first, second = [json.loads(x) for x in r.stdout.decode().splitlines()]
-    assert "no.png" in r.stderr.decode()
+    assert "no.png" in r.stderr.decode() and r.stderr.decode().count("/image without a file") == 2
     tok = vlm.tok
     ids = vlm.row({"messages": [{"role": "user", "content": "<image>what is it?"}]}, open_=True)[0]
     assert first["prompt_tokens"] == len(ids)
