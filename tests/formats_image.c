@@ -160,6 +160,38 @@ static void test_damaged(void **state)
     keel_map_close(&map);
 }
 
+// A GIF of 35 bytes takes stb a gigabyte, a Huffman table of more than 256 codes makes it write beyond its arrays.
+static void test_traps(void **state)
+{
+    uint8_t gif[35] = "GIF89a\x10\x27\x10\x27\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\1\0\1\0\0\2\2\x44\1\0;";
+    (void)state;
+    expect_refused(gif, sizeof gif, KEEL_ERR_UNSUPPORTED, "25 million in all");
+    struct keel_map map = open_file("colour.jpg");
+    uint8_t *copy = exact_copy(map.data, map.len_bytes);
+    size_t at = 2;
+    while (copy[at + 1] != 0xc4) {
+        at += 2 + ((size_t)copy[at + 2] << 8 | copy[at + 3]);
+    }
+    copy[at + 5 + 14] = copy[at + 5 + 15] = 200;
+    expect_refused(copy, map.len_bytes, KEEL_ERR_FORMAT, "has more than 256 codes");
+    // The same tables, and a header that says 4:2:2: what comes of the pixels is no matter here.
+    memcpy(copy, map.data, map.len_bytes);
+    for (at = 2; copy[at + 1] != 0xc0;) {
+        at += 2 + ((size_t)copy[at + 2] << 8 | copy[at + 3]);
+    }
+    copy[at + 11] = 0x21;
+    copy[at + 14] = copy[at + 17] = 0x11;
+    struct memory_log m;
+    struct keel_image image;
+    memory_log_init(&m);
+    m.log.level = KEEL_LOG_INFO;
+    (void)keel_image_decode(&image, copy, map.len_bytes, "half.jpg", &m.log);
+    assert_logged(&m, "half.jpg: a 4:2:2 JPEG");
+    keel_image_finish(&image);
+    free(copy);
+    keel_map_close(&map);
+}
+
 // What is wrong with a file of a known format is said.
 static void test_reasons(void **state)
 {
@@ -258,6 +290,7 @@ int main(void)
         cmocka_unit_test(test_resize),
         cmocka_unit_test(test_bad),
         cmocka_unit_test(test_damaged),
+        cmocka_unit_test(test_traps),
         cmocka_unit_test(test_reasons),
         cmocka_unit_test(test_top_down),
         cmocka_unit_test(test_truncated),

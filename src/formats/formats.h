@@ -285,6 +285,7 @@ struct keel_image {
     uint8_t *rgb; // [height, width, 3], rows from the top; belongs to the image
 };
 #define KEEL_IMAGE_MAX_PIXELS 100000000
+#define KEEL_IMAGE_MAX_GIF_PIXELS 25000000 // stb takes about 12 bytes a pixel for them
 #define KEEL_IMAGE_MAX_SIDE 65535
 // Decodes PNG, JPEG, BMP or the first frame of a GIF to RGB. Grey is repeated, palettes are looked up, of 16 bits
 // the upper 8 are kept, alpha is dropped and EXIF orientation ignored (docs/formats.md "images"). Size limits are

@@ -38,9 +38,10 @@ static keel_status read_size(int *w, int *h, const uint8_t *data, size_t len, co
     if (*w <= 0 || *h <= 0) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is %d × %d pixels", name, *w, *h);
     }
-    if (*w > KEEL_IMAGE_MAX_SIDE || *h > KEEL_IMAGE_MAX_SIDE || (uint64_t)*w * (uint64_t)*h > KEEL_IMAGE_MAX_PIXELS) {
+    const int most = keel_image_is_gif(data, len) ? KEEL_IMAGE_MAX_GIF_PIXELS : KEEL_IMAGE_MAX_PIXELS;
+    if (*w > KEEL_IMAGE_MAX_SIDE || *h > KEEL_IMAGE_MAX_SIDE || (uint64_t)*w * (uint64_t)*h > (uint64_t)most) {
         KEEL_FAIL(log, KEEL_ERR_UNSUPPORTED, "%s: %d × %d pixels are above keel's limits (%d a side, %d million in all); scale it down",
-                  name, *w, *h, KEEL_IMAGE_MAX_SIDE, KEEL_IMAGE_MAX_PIXELS / 1000000);
+                  name, *w, *h, KEEL_IMAGE_MAX_SIDE, most / 1000000);
     }
 out:
     return st;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // formats/image_check.c: whether an image file is whole.
-// Source: PNG 3rd edition 5.3 and annex D; GIF89a 18 to 24; BITMAPINFOHEADER as Microsoft documents it.
+// Source: ITU T.81 B.1 and B.2; PNG 3rd edition 5.3 and annex D; GIF89a 18 to 24; BITMAPINFOHEADER as Microsoft documents it.
 #include "image_check.h"
 
 #include <stdlib.h>
@@ -131,6 +131,64 @@ out:
     return st;
 }
 
+// The place of the next marker at or after `at`, its 0xff; `len` if there is none. Bytes of a scan hold 0xff with zero or a restart.
+static size_t next_marker(const uint8_t *data, size_t len, size_t at)
+{
+    while (len - at >= 2 && (data[at] != 0xff || data[at + 1] == 0 || data[at + 1] == 0xff || (data[at + 1] & 0xf8) == 0xd0)) {
+        at++;
+    }
+    return len - at >= 2 ? at : len;
+}
+
+// Tables of one DHT segment. stb before 2.28 writes beyond its arrays if one has more than 256 codes.
+static bool tables_fit(const uint8_t *p, size_t n)
+{
+    while (n >= 17) {
+        size_t codes = 0;
+        for (size_t i = 1; i <= 16; i++) {
+            codes += p[i];
+        }
+        if (codes > 256) {
+            return false;
+        }
+        p += KEEL_MIN(n, 17 + codes);
+        n -= KEEL_MIN(n, 17 + codes);
+    }
+    return true;
+}
+
+// Whether colour has half the columns and all the rows, of a SOF segment.
+static bool is_422(const uint8_t *p, size_t n)
+{
+    return n >= 15 && p[5] == 3 && p[7] == 0x21 && p[10] == 0x11 && p[13] == 0x11;
+}
+
+static keel_status check_jpeg(const uint8_t *data, size_t len, const char *name, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    for (size_t at = next_marker(data, len, 2); len - at >= 4; at = next_marker(data, len, at)) {
+        const uint8_t marker = data[at + 1];
+        const size_t n = (size_t)data[at + 2] << 8 | data[at + 3]; // with its own two bytes
+        if (marker == 0xd9) {
+            break;
+        }
+        if (n < 2 || n > len - at - 2) {
+            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is damaged: the JPEG segment at byte %zu has %zu bytes, the file ends at byte %zu",
+                      name, at, n, len);
+        }
+        if (marker == 0xc4 && !tables_fit(data + at + 4, n - 2)) {
+            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is damaged: the JPEG's Huffman table at byte %zu has more than 256 codes", name, at);
+        }
+        if (marker >= 0xc0 && marker <= 0xc2 && is_422(data + at + 4, n - 2)) {
+            KEEL_INFO(log, "%s: a 4:2:2 JPEG: the colour of its second column from the right may be wrong; PNG or 4:4:4 has none of that",
+                      name);
+        }
+        at += 2 + n;
+    }
+out:
+    return st;
+}
+
 keel_status keel_image_check(const uint8_t *data, size_t len, const char *name, const keel_log *log)
 {
     if (keel_image_is_png(data, len)) {
@@ -138,6 +196,9 @@ keel_status keel_image_check(const uint8_t *data, size_t len, const char *name, 
     }
     if (keel_image_is_gif(data, len)) {
         return check_gif(data, len, name, log);
+    }
+    if (len >= 2 && memcmp(data, "\xff\xd8", 2) == 0) {
+        return check_jpeg(data, len, name, log);
     }
     return len >= 2 && memcmp(data, "BM", 2) == 0 ? check_bmp(data, len, name, log) : KEEL_OK;
 }

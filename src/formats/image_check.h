@@ -6,7 +6,8 @@
 #include "formats.h"
 
 // Of a PNG every chunk lies in the file and has its CRC, up to IEND; of a BMP every row, of a GIF every block up to the first
-// image's last lies in the file. JPEGs and other bytes are left to stb. Errors: FORMAT.
+// image's last lies in the file; of a JPEG no Huffman table is larger than stb's arrays, and a note is given if it is 4:2:2. Other bytes
+// are left to stb. Errors: FORMAT.
 keel_status keel_image_check(const uint8_t *data, size_t len, const char *name, const keel_log *log);
 bool keel_image_is_gif(const uint8_t *data, size_t len);
 bool keel_image_is_png(const uint8_t *data, size_t len);
