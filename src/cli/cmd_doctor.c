@@ -143,6 +143,7 @@ static int doctor_run(const void *args)
 static const struct arg_option options[] = {
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .value = "MODEL",
       .help = "time the variants on the matrices of this model, and choose for it" },
+    OPTION_TYPE,
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },
     { .name = "--quick", .type = ARG_FLAG, .offset = AT(quick), .help = "only what the first use of a device checks by itself" },
     OPTIONS_DEVICE,

@@ -52,7 +52,7 @@ static int study_run(const void *args)
     struct context c = { .log = cli_log(&a->common) };
     struct study_progress p = { .line = { .off = a->common.quiet } };
     struct keel_study_result result;
-    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .mmproj = a->common.mmproj,
+    const struct keel_study_params params = { .file = a->words.at[0], .out = a->out, .model = a->common.model, .type = a->common.type, .mmproj = a->common.mmproj,
                                               .device = &device, .variant = a->common.variant, .progress = show, .user = &p };
     stop_install();
     const keel_status st = keel_study_run(&params, &result, &c.log);
@@ -83,6 +83,7 @@ static const struct arg_option study_options[] = {
       .help = "run folder; one that holds this study already is continued" },
     { .name = "--model", .brief = "-m", .type = ARG_STR, .offset = OPT_COMMON(model), .file = ARG_IN, .value = "MODEL",
       .help = "model, instead of the study file's" },
+    OPTION_TYPE,
     { .name = "--mmproj", .type = ARG_STR, .offset = OPT_COMMON(mmproj), .file = ARG_IN, .value = "FILE",
       .help = "image tower and projector (GGUF), instead of the study file's" },
     { .name = "--json", .type = ARG_FLAG, .offset = AT(json), .help = "print one JSON object" },

@@ -191,6 +191,23 @@ static keel_status add_steering(const struct data_list *l)
     return st;
 }
 
+// The tower; of a folder, what it is converted to counts.
+static keel_status add_tower(json_t *list, const struct study_origin *o, const keel_log *log)
+{
+    keel_status st = KEEL_OK;
+    char path[4096], hex[20];
+    uint64_t h = KEEL_HASH_INIT;
+    if (!keel_path_is_dir(o->mmproj_path)) {
+        return add_data(list, o, ".", o->mmproj_path, false, log);
+    }
+    KEEL_TRY(keel_convert_cached(o->mmproj_path, NULL, true, path, sizeof path, log));
+    KEEL_TRY(hash_file(&h, path, log));
+    snprintf(hex, sizeof hex, "%016" PRIx64, h);
+    json_array_append_new(list, json_pack("{s:s, s:s}", "file", o->mmproj_path, "hash", hex));
+out:
+    return st;
+}
+
 static keel_status list_data(json_t **out, const struct study_origin *o, const keel_log *log)
 {
     keel_status st = KEEL_OK;
@@ -202,7 +219,7 @@ static keel_status list_data(json_t **out, const struct study_origin *o, const k
     if (along && !keel_study_find_direction(o->file, along)) {
         KEEL_TRY(add_data(*out, o, o->folder, along, false, log));
     }
-    KEEL_TRY(add_data(*out, o, ".", o->mmproj_path, false, log));
+    KEEL_TRY(add_tower(*out, o, log));
 out:
     return st;
 }

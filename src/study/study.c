@@ -95,7 +95,8 @@ static keel_status open_all(struct study *s)
     if (!s->mmproj_path[0] && s->file->pan_and_scan) {
         KEEL_FAIL(s->log, KEEL_ERR_ARG, "%s: pan_and_scan, but no tower; name one with \"mmproj\" or --mmproj", s->p->file);
     }
-    KEEL_TRY(keel_model_open(&s->model, s->model_path, s->log)); // first: a fault of the study should not cost the start of a device
+    KEEL_TRY(keel_model_open_as(&s->model, s->model_path, s->p->type || s->p->model ? s->p->type : s->file->type,
+                                s->log)); // first: a fault of the study should not cost the start of a device
     KEEL_TRY(keel_study_check_model(s));
     KEEL_TRY(keel_study_check_sets(s));
     KEEL_TRY(keel_device_create(&s->dev, s->p->device, s->log));

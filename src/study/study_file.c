@@ -325,6 +325,7 @@ static keel_status fill(const struct study_source *src, struct study_file *f, co
     keel_status st = KEEL_OK;
     f->name = y->name;
     f->model = y->model;
+    f->type = y->type;
     f->mmproj = y->mmproj;
     f->pan_and_scan = y->pan_and_scan && *y->pan_and_scan;
     f->narrow_domain = y->narrow_domain;

@@ -103,7 +103,7 @@ struct study_budget {
 };
 struct study_file {
     bool pan_and_scan;
-    const char *name, *model, *mmproj, *narrow_domain, *narrow_modality; // all but the first may be NULL
+    const char *name, *model, *type, *mmproj, *narrow_domain, *narrow_modality; // all but the first may be NULL
     uint64_t seed;
     struct study_train train;
     struct study_eval eval;

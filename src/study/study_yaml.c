@@ -131,6 +131,7 @@ static const cyaml_schema_field_t budget_fields[] = {
 static const cyaml_schema_field_t top_fields[] = {
     TEXT(PTR, yaml_study, name),
     TEXT(OPT, yaml_study, model),
+    TEXT(OPT, yaml_study, type),
     TEXT(OPT, yaml_study, mmproj),
     CYAML_FIELD_BOOL_PTR("pan_and_scan", OPT, struct yaml_study, pan_and_scan),
     TEXT(OPT, yaml_study, narrow_domain),

@@ -66,7 +66,7 @@ struct yaml_budget {
     double *kl_mean, *margin_drop, *flip_rate;
 };
 struct yaml_study {
-    char *name, *model, *mmproj, *narrow_domain, *narrow_modality;
+    char *name, *model, *type, *mmproj, *narrow_domain, *narrow_modality;
     bool *pan_and_scan;
     uint64_t *seed;
     struct yaml_train train;

@@ -19,7 +19,7 @@ import hf_models
 import keellib
 import texts
 import tiny_models
-from keelcli import generate, score, tokenize
+from keelcli import generate, score, tokenize, write_rows
 
 PROMPT = "the clerk counts the red stones and the blue stones, "
 ROWS = [{"id": "a", "prompt": PROMPT, "completion": "and then the clerk writes the number in the book."},
@@ -617,3 +617,23 @@ def test_a_new_processor_file_converts_anew(keel, pictured, tmp_path):
         keel("info", pictured, "--mmproj", pictured, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
         hashes.append(len(list((tmp_path / "cache").rglob("*.gguf"))))
     assert hashes[1] > hashes[0]
+
+
+def test_study_and_doctor_take_folders(keel, folders, tiny_a, tmp_path):
+    """As every command does: `model` and `mmproj` of a study file, and --type; the folder of a run tells a changed type."""
+    folder = folders["vision"][0]
+    write_rows(tmp_path / "rows.jsonl", [{"id": str(i), "prompt": f"stone {i} is", "completion": " red"} for i in range(2)])
+    study = f"""name: folder
+model: {folder}
+mmproj: {folder}
+type: q8_0
+train: {{data: [{{file: rows.jsonl}}], rank: 2, steps: 1}}
+eval: {{narrow: rows.jsonl}}
+"""
+    (tmp_path / "study.yaml").write_text(study)
+    keel("study", tmp_path / "study.yaml", "--out", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert "Q8_0" in json.dumps(manifest["model"]) and str(folder) in [d["file"] for d in manifest["data"]]
+    keel("study", tmp_path / "study.yaml", "--out", tmp_path / "out")  # the same study
+    keel.fails("study", tmp_path / "study.yaml", "--type", "q4_0", "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
+    keel.fails("doctor", "-m", tiny_a, "--type", "q8_0", says="a type is for Hugging Face folders")

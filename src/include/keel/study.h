@@ -20,7 +20,8 @@ struct keel_study_progress {
 struct keel_study_params {
     const char *file;  // YAML; data paths in it are relative to its folder
     const char *out;   // run folder; made if missing
-    const char *model;  // overrides the file's model, or NULL
+    const char *model;  // overrides the file's model and its type, or NULL
+    const char *type;   // of a Hugging Face folder's matrices, as for keel_model_open_as(); overrides the file's, or NULL
     const char *mmproj; // overrides the file's image tower, or NULL
     const struct keel_device_params *device; // NULL: defaults
     const char *variant; // as for keel_doctor_prepare()
