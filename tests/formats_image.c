@@ -173,7 +173,10 @@ static void test_traps(void **state)
         at += 2 + ((size_t)copy[at + 2] << 8 | copy[at + 3]);
     }
     copy[at + 5 + 14] = copy[at + 5 + 15] = 200;
-    expect_refused(copy, map.len_bytes, KEEL_ERR_FORMAT, "has more than 256 codes");
+    expect_refused(copy, map.len_bytes, KEEL_ERR_FORMAT, "have more codes than fit");
+    memcpy(copy, map.data, map.len_bytes);
+    copy[at + 3]--; // a segment that ends inside its table
+    expect_refused(copy, map.len_bytes, KEEL_ERR_FORMAT, "have more codes than fit");
     // The same tables, and a header that says 4:2:2: what comes of the pixels is no matter here.
     memcpy(copy, map.data, map.len_bytes);
     for (at = 2; copy[at + 1] != 0xc0;) {

@@ -140,19 +140,20 @@ static size_t next_marker(const uint8_t *data, size_t len, size_t at)
     return len - at >= 2 ? at : len;
 }
 
-// Tables of one DHT segment. stb before 2.28 writes beyond its arrays if one has more than 256 codes.
+// Tables of one DHT segment. stb before 2.28 writes beyond its arrays if one has more than 256 codes, and
+// reads a table on beyond the segment.
 static bool tables_fit(const uint8_t *p, size_t n)
 {
-    while (n >= 17) {
+    while (n > 0) {
         size_t codes = 0;
-        for (size_t i = 1; i <= 16; i++) {
+        for (size_t i = 1; n >= 17 && i <= 16; i++) {
             codes += p[i];
         }
-        if (codes > 256) {
+        if (n < 17 || codes > 256 || codes > n - 17) {
             return false;
         }
-        p += KEEL_MIN(n, 17 + codes);
-        n -= KEEL_MIN(n, 17 + codes);
+        p += 17 + codes;
+        n -= 17 + codes;
     }
     return true;
 }
@@ -177,7 +178,7 @@ static keel_status check_jpeg(const uint8_t *data, size_t len, const char *name,
                       name, at, n, len);
         }
         if (marker == 0xc4 && !tables_fit(data + at + 4, n - 2)) {
-            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is damaged: the JPEG's Huffman table at byte %zu has more than 256 codes", name, at);
+            KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is damaged: the JPEG's Huffman tables at byte %zu have more codes than fit", name, at);
         }
         if (marker >= 0xc0 && marker <= 0xc2 && is_422(data + at + 4, n - 2)) {
             KEEL_INFO(log, "%s: a 4:2:2 JPEG: the colour of its second column from the right may be wrong; PNG or 4:4:4 has none of that",
