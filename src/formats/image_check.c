@@ -167,11 +167,15 @@ static bool is_422(const uint8_t *p, size_t n)
 static keel_status check_jpeg(const uint8_t *data, size_t len, const char *name, const keel_log *log)
 {
     keel_status st = KEEL_OK;
-    for (size_t at = next_marker(data, len, 2); len - at >= 4; at = next_marker(data, len, at)) {
+    for (size_t at = next_marker(data, len, 0); len - at >= 4; at = next_marker(data, len, at)) {
         const uint8_t marker = data[at + 1];
         const size_t n = (size_t)data[at + 2] << 8 | data[at + 3]; // with its own two bytes
         if (marker == 0xd9) {
             break;
+        }
+        if (marker == 0xd8) {
+            at += 2;
+            continue;
         }
         if (n < 2 || n > len - at - 2) {
             KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: the image is damaged: the JPEG segment at byte %zu has %zu bytes, the file ends at byte %zu",
@@ -198,7 +202,7 @@ keel_status keel_image_check(const uint8_t *data, size_t len, const char *name, 
     if (keel_image_is_gif(data, len)) {
         return check_gif(data, len, name, log);
     }
-    if (len >= 2 && memcmp(data, "\xff\xd8", 2) == 0) {
+    if (len >= 2 && data[0] == 0xff) { // any number of 0xff may stand before a marker, for stb also the first
         return check_jpeg(data, len, name, log);
     }
     return len >= 2 && memcmp(data, "BM", 2) == 0 ? check_bmp(data, len, name, log) : KEEL_OK;
