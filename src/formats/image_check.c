@@ -164,9 +164,13 @@ static bool is_422(const uint8_t *p, size_t n)
     return n >= 15 && p[5] == 3 && p[7] == 0x21 && p[10] == 0x11 && p[13] == 0x11;
 }
 
-static keel_status check_jpeg(const uint8_t *data, size_t len, const char *name, const keel_log *log)
+// Any number of 0xff may stand before a marker, for stb also the first.
+keel_status keel_image_check_jpeg(const uint8_t *data, size_t len, const char *name, const keel_log *log)
 {
     keel_status st = KEEL_OK;
+    if (len < 2 || data[0] != 0xff) {
+        return st;
+    }
     for (size_t at = next_marker(data, len, 0); len - at >= 4; at = next_marker(data, len, at)) {
         const uint8_t marker = data[at + 1];
         const size_t n = (size_t)data[at + 2] << 8 | data[at + 3]; // with its own two bytes
@@ -201,9 +205,6 @@ keel_status keel_image_check(const uint8_t *data, size_t len, const char *name, 
     }
     if (keel_image_is_gif(data, len)) {
         return check_gif(data, len, name, log);
-    }
-    if (len >= 2 && data[0] == 0xff) { // any number of 0xff may stand before a marker, for stb also the first
-        return check_jpeg(data, len, name, log);
     }
     return len >= 2 && memcmp(data, "BM", 2) == 0 ? check_bmp(data, len, name, log) : KEEL_OK;
 }
