@@ -25,6 +25,7 @@ static keel_status read_size(int *w, int *h, const uint8_t *data, size_t len, co
     if (len == 0 || len > INT32_MAX) {
         KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s: an image file of %zu bytes; it must have some, at most 2 GiB", name, len);
     }
+    KEEL_TRY(keel_image_check_jpeg(data, len, name, log));
     keel_stb_budget = 1u << 20; // headers only
     if (!stbi_info_from_memory(data, (int)len, w, h, &channels)) {
         // Asked for the size, stb tries one format after the other and keeps the reason of the last; decoding goes by the signature.
