@@ -132,9 +132,11 @@ static keel_status add_part(struct parse *p, const json_t *part, size_t message)
                       message);
         }
     } else if (type && (strcmp(type, "image") == 0 || strcmp(type, "image_url") == 0)) {
+        // OpenAI's {"image_url": {"url": PATH}}, a path itself, or what the chat templates of transformers know: {"url": PATH}, {"path": PATH}.
         const json_t *file = field(part, type);
-        if (json_is_object(file)) {
-            file = field(file, "url");
+        file = json_is_object(file) ? field(file, "url") : file ? file : field(part, "url") ? field(part, "url") : field(part, "path");
+        if (field(part, "base64")) {
+            KEEL_FAIL(p->row->log, KEEL_ERR_DATA, "%smessage %zu: an image in \"base64\"; give the path of a file", p->where, message);
         }
         KEEL_TRY(file ? add_file(p, file) : take(p));
     } else {

@@ -119,6 +119,17 @@ def test_images_matter_and_rows_do_not_mix(keel, make_pair):
     assert np.abs(np.subtract(alone["token_logprobs"], packed["token_logprobs"])).max() < 1e-4
 
 
+@pytest.mark.parametrize("part", [{"image_url": {"url": "p3.png"}, "type": "image_url"}, {"image_url": "p3.png", "type": "image_url"},
+                                  {"type": "image", "url": "p3.png"}, {"type": "image", "path": "p3.png"}])
+def test_forms_of_an_image_part(keel, make_pair, part):
+    """OpenAI's and those of transformers' chat templates."""
+    pair = make_pair(next(iter(PAIRS)))
+    rows = [{"messages": [{"role": "user", "content": [p, {"type": "text", "text": " what is it?"}]}], "completion": "a stone"}
+            for p in (part, *parts(3), *parts(0))]
+    got = [r["logprob"] for r in run_score(keel, pair, rows)]
+    assert got[0] == got[1] != got[2]
+
+
 @pytest.mark.parametrize("batch", [256, 26])
 def test_generate(keel, make_pair, batch):
     """Prefill with images in one pass or several, then the recorded step: greedy ids as the oracle's, up to a near tie."""
