@@ -138,6 +138,9 @@ keel_status keel_train_check_params(struct keel_train_run *r)
     if ((r->targets & KEEL_VISION_TARGETS) && !p->images) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG, "--targets %s: the vision tower is not there; give its file with --mmproj", p->targets);
     }
+    if (p->layers && !(r->targets & ~KEEL_VISION_TARGETS)) {
+        KEEL_FAIL(r->log, KEEL_ERR_ARG, "--layers is of the language model, and --targets %s names none of it; leave it out", p->targets);
+    }
     r->alpha = p->alpha > 0 ? p->alpha : 2.0f * (float)p->rank;
     r->per_step = (uint64_t)p->batch * p->accum;
 out:
@@ -211,6 +214,26 @@ out:
     return st;
 }
 
+// A tower learns from images only: without any, its adapter stays as it began.
+static keel_status check_images(const struct keel_train_run *r)
+{
+    keel_status st = KEEL_OK;
+    bool any = false;
+    for (uint64_t i = 0; i < r->set.n_rows; i++) {
+        any = any || r->set.rows[i].n_images > 0;
+    }
+    if (!(r->targets & KEEL_VISION_TARGETS) || any) {
+        return KEEL_OK;
+    }
+    if (r->targets & ~KEEL_VISION_TARGETS) {
+        KEEL_WARN(r->log, "--targets %s: no row of --data has an image, so the vision tower's part learns nothing", r->p->targets);
+        return KEEL_OK;
+    }
+    KEEL_FAIL(r->log, KEEL_ERR_DATA, "--targets %s: no row of --data has an image, so the vision tower has nothing to learn from", r->p->targets);
+out:
+    return st;
+}
+
 keel_status keel_train_check_plan(struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
@@ -219,6 +242,7 @@ keel_status keel_train_check_plan(struct keel_train_run *r)
                    room = keel_device_caps(r->dev)->heap_free;
     struct keel_plan *plan = &r->plan;
     struct keel_text table = { 0 };
+    KEEL_TRY(check_images(r));
     if (tokens > UINT32_MAX) {
         KEEL_FAIL(r->log, KEEL_ERR_ARG,
                   "--batch %u rows of up to %u tokens are too many; lower --batch and raise --accum",

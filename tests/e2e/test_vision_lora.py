@@ -221,6 +221,11 @@ def test_bad_use(keel, make_pair, tmp_path):  # noqa: F811
     fails = lambda *says, **o: keel.fails(*train_args(model, data, never, **o), says=list(says))
     fails("--mmproj", targets="vision.*")
     fails("\"vision.attn\" is no projection", mmproj=mmproj, targets="vision.attn")
+    fails("--layers", mmproj=mmproj, targets="vision.*", layers="1")
+    text = write_rows(folder / "text.jsonl", [{"prompt": "the sky", "completion": " is blue"}])
+    keel.fails(*train_args(model, text, never, mmproj=mmproj, targets="vision.*"), says="no row of --data has an image")
+    r = keel(*train_args(model, text, tmp_path / "both.gguf", mmproj=mmproj, targets="attn_v,vision.*", steps=1))
+    assert r.err.count("learns nothing") == 1
     write_gguf(tmp_path / "v.gguf", vision_adapter(vlm.shape, 5))
     fails("vision tower too", init_adapter=tmp_path / "v.gguf", rank=RANK, mmproj=mmproj, targets="all")
     keel.fails("export", "-m", model, "--adapter", tmp_path / "v.gguf", "--out", tmp_path / "peft", says="vision tower")
