@@ -181,7 +181,7 @@ keel_status keel_model_open_as(keel_model **out, const char *path, const char *t
     }
     m->log = log;
     KEEL_TRY(keel_map_open(&m->map, file, log));
-    KEEL_TRY(keel_gguf_parse(&m->gguf, m->map.data, m->map.len_bytes, path, log));
+    KEEL_TRY(keel_gguf_parse(&m->gguf, m->map.data, m->map.len_bytes, file, log)); // a damaged conversion is not the folder's fault
     KEEL_TRY(check_arch(m->gguf, log));
     KEEL_TRY(keel_gemma3_read(&m->cfg, &m->src, m->gguf, log));
     KEEL_TRY(keel_tokenizer_create(&m->tok, m->gguf, log));

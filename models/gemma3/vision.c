@@ -52,7 +52,7 @@ keel_status keel_vision_open(keel_vision **out, const char *path, const keel_mod
     v->log = log;
     KEEL_TRY(keel_vision_cache_open(v));
     KEEL_TRY(keel_map_open(&v->map, file, log));
-    KEEL_TRY(keel_gguf_parse(&v->gguf, v->map.data, v->map.len_bytes, path, log));
+    KEEL_TRY(keel_gguf_parse(&v->gguf, v->map.data, v->map.len_bytes, file, log));
     KEEL_TRY(keel_siglip_read(&v->cfg, &v->src, v->gguf, log));
     if (model && v->cfg.out_width != model->cfg.width) {
         KEEL_FAIL(log, KEEL_ERR_MISMATCH,

@@ -637,3 +637,13 @@ eval: {{narrow: rows.jsonl}}
     keel("study", tmp_path / "study.yaml", "--out", tmp_path / "out")  # the same study
     keel.fails("study", tmp_path / "study.yaml", "--type", "q4_0", "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
     keel.fails("doctor", "-m", tiny_a, "--type", "q8_0", says="a type is for Hugging Face folders")
+
+
+def test_a_damaged_conversion_is_named(keel, pictured, tmp_path):
+    """Not the folder, which the user would fetch again for nothing."""
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    keel("info", pictured, env=env)
+    made, = (tmp_path / "cache").rglob("*.gguf")
+    made.write_bytes(made.read_bytes()[:made.stat().st_size // 2])
+    r = keel("info", pictured, env=env, rc=1)
+    assert made.name in r.err and "truncated or damaged" in r.err
