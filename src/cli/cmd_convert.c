@@ -23,8 +23,19 @@ static keel_status one(const struct context *c, const struct convert_args *a, co
     const struct keel_convert_params params = { .type = a->type, .progress = show, .user = &p };
     const keel_status st = (vision ? keel_convert_vision : keel_convert)(a->words.at[0], to, &params, &c->log);
     progress_end(&p);
-    if (st == KEEL_OK) {
-        say(c, KEEL_LOG_INFO, "wrote %s", to);
+    return st;
+}
+
+// The tower first: it is small, and a folder without one is found before the model is written. Both or neither: a model that cannot be
+// converted takes the tower's file along.
+static keel_status both(const struct context *c, const struct convert_args *a)
+{
+    keel_status st = a->mmproj ? one(c, a, a->mmproj, true) : KEEL_OK;
+    if (st == KEEL_OK && a->out) {
+        st = one(c, a, a->out, false);
+        if (st != KEEL_OK && a->mmproj) {
+            remove(a->mmproj);
+        }
     }
     return st;
 }
@@ -38,11 +49,12 @@ static int convert_run(const void *args)
         say(&c, KEEL_LOG_ERROR, "say what to write: --out FILE for the language model, --mmproj-out FILE for the vision tower");
         return EXIT_USAGE;
     }
-    if (a->out) {
-        st = one(&c, a, a->out, false);
-    }
-    if (st == KEEL_OK && a->mmproj) {
-        st = one(&c, a, a->mmproj, true);
+    st = both(&c, a);
+    for (size_t i = 0; st == KEEL_OK && i < 2; i++) {
+        const char *made = i == 0 ? a->out : a->mmproj;
+        if (made) {
+            say(&c, KEEL_LOG_INFO, "wrote %s", made);
+        }
     }
     return context_close(&c, st);
 }

@@ -558,6 +558,19 @@ def test_wrong_use(keel, folders, tiny_a, tmp_path):
     assert not out.exists()
 
 
+def test_model_and_tower_or_neither(keel, folders, tmp_path):
+    """One of the two cannot be made: the error names it and the other does not stay."""
+    both = lambda folder, says: keel.fails("convert", folder, "--out", tmp_path / "m.gguf", "--mmproj-out", tmp_path / "v.gguf", says=says,
+                                           leaves=tmp_path)
+    both(folders["f32"][0], "vision_config")
+    no_tokenizer = hf_models.rewrite(folders["vision"][0], tmp_path / "text")
+    (no_tokenizer / "tokenizer.json").unlink()
+    both(no_tokenizer, "tokenizer.json is missing")
+    no_tower = hf_models.rewrite(folders["vision"][0], tmp_path / "tower", edit=set_tensor(
+        next(n for n in load_file(no_tokenizer / "model.safetensors") if n.endswith("self_attn.q_proj.bias")), lambda w: w * NAN))
+    both(no_tower, "NaN")
+
+
 @pytest.mark.parametrize("kind", ["f16", "q4_1", "q4_0"])
 def test_values_beyond_a_type(keel, folders, tmp_path, kind):
     """bf16 holds what f16, and the scales of blocks, do not: never infinity in silence."""
