@@ -232,55 +232,64 @@ static keel_status read_processor(struct processor *p, const char *folder, const
     KEEL_TRY(read_json(&p->json, folder, "processor_config.json", log));
     p->settings = json_object_get(p->json, "image_processor");
     snprintf(p->where, sizeof p->where, "processor_config.json: image_processor");
-    if (!p->settings) {
+    if (!p->settings || json_is_null(p->settings)) {
         json_decref(p->json);
         KEEL_TRY(read_json(&p->json, folder, "preprocessor_config.json", log));
         p->settings = p->json;
         snprintf(p->where, sizeof p->where, "preprocessor_config.json");
+    } else if (!json_is_object(p->settings)) {
+        KEEL_FAIL(log, KEEL_ERR_FORMAT, "%s/%s: must be an object", folder, p->where);
     }
 out:
     return st;
 }
 
-static const json_t *setting(const struct processor *p, const char *key)
-{
-    const json_t *v = json_object_get(p->settings, key);
-    return json_is_null(v) ? NULL : v;
-}
-
 static keel_status refuse(const struct processor *p, const char *folder, const char *key, const char *want, const keel_log *log)
 {
-    KEEL_ERROR(log, "%s/%s: \"%s\" is not %s, and keel prepares images in no other way", folder, p->where, key, want);
+    char *value = json_dumps(json_object_get(p->settings, key), JSON_ENCODE_ANY | JSON_SORT_KEYS | JSON_REAL_PRECISION(7));
+    KEEL_ERROR(log, "%s/%s: \"%s\" is %.200s, not %s, and keel prepares images in no other way", folder, p->where, key,
+               value ? value : "another value", want);
+    free(value);
     return KEEL_ERR_UNSUPPORTED;
 }
 
 static bool near(const json_t *v, double want)
 {
-    return !v || (json_is_number(v) && fabs(json_number_value(v) - want) <= 1e-6 * want);
+    return json_is_number(v) && fabs(json_number_value(v) - want) <= 1e-6 * want;
 }
 
-// Everything that would make transformers' pixels differ from ours.
+// The tower's square, {"height": n, "width": n} or n. {"shortest_edge": n} keeps the shape of a picture that is no square.
+static bool is_square(const json_t *size, double side)
+{
+    return json_is_object(size) ? near(json_object_get(size, "height"), side) && near(json_object_get(size, "width"), side) : near(size, side);
+}
+
+// Everything that would make transformers' pixels differ from ours. What is not there has Gemma 3's value; a null is not the same:
+// a step that is null is not done.
 static keel_status check_processor(const struct processor *p, const struct keel_hf_folder *f, const keel_log *log)
 {
     static const char *const yes[] = {"do_resize", "do_rescale", "do_normalize"};
-    const json_t *size = setting(p, "size");
-    char side[32];
+    const uint32_t side = f->config.vision.image_size;
+    const json_t *filter = json_object_get(p->settings, "resample"), *factor = json_object_get(p->settings, "rescale_factor");
+    const json_t *size = json_object_get(p->settings, "size");
+    char want[48];
     for (size_t i = 0; i < KEEL_COUNT(yes); i++) {
-        if (setting(p, yes[i]) && !json_is_true(setting(p, yes[i]))) {
+        const json_t *v = json_object_get(p->settings, yes[i]);
+        if (v && !json_is_true(v)) {
             return refuse(p, f->path, yes[i], "true", log);
         }
     }
-    if (!near(setting(p, "resample"), 2)) {
+    if (filter && !near(filter, 2)) {
         return refuse(p, f->path, "resample", "2 (bilinear)", log);
     }
-    if (!near(setting(p, "rescale_factor"), 1.0 / 255)) {
+    if (factor && !near(factor, 1.0 / 255)) {
         return refuse(p, f->path, "rescale_factor", "1/255", log);
     }
-    snprintf(side, sizeof side, "the tower's %" PRIu32, f->config.vision.image_size);
-    if (!near(json_object_get(size, "height"), f->config.vision.image_size) || !near(json_object_get(size, "width"), f->config.vision.image_size)) {
-        return refuse(p, f->path, "size", side, log);
+    snprintf(want, sizeof want, "the tower's %" PRIu32 " by %" PRIu32, side, side);
+    if (size && !is_square(size, side)) {
+        return refuse(p, f->path, "size", want, log);
     }
-    if (json_is_true(setting(p, "do_pan_and_scan"))) {
+    if (json_is_true(json_object_get(p->settings, "do_pan_and_scan"))) {
         KEEL_WARN(log, "%s/%s: \"do_pan_and_scan\" is on; keel does it with --pan-and-scan only", f->path, p->where);
     }
     return KEEL_OK;
@@ -290,8 +299,8 @@ static keel_status put_colours(const struct processor *p, keel_gguf_writer *w, c
                                const char *folder, const keel_log *log)
 {
     float value[3] = {0.5f, 0.5f, 0.5f};
-    const json_t *list = setting(p, field);
-    for (size_t i = 0; list && i < 3; i++) {
+    const json_t *list = json_object_get(p->settings, field);
+    for (size_t i = 0; list && !json_is_null(list) && i < 3; i++) {
         const json_t *v = json_array_get(list, i);
         if (json_array_size(list) != 3 || !json_is_number(v) || !(json_number_value(v) >= least && json_number_value(v) <= 1)) {
             KEEL_ERROR(log, "%s/%s: \"%s\" must be a list of 3 numbers from %g to 1", folder, p->where, field, least);

@@ -604,6 +604,7 @@ def pictured(folders, tmp_path):
     ({"processor_config.json": {"image_processor": IMAGES}, "preprocessor_config.json": {"image_mean": [0.5] * 3}}, [0.1, 0.2, 0.3]),
     ({"processor_config.json": {"image_seq_length": 9}, "preprocessor_config.json": IMAGES}, [0.1, 0.2, 0.3]),
     ({"processor_config.json": {"image_seq_length": 9}}, [0.5, 0.5, 0.5]),
+    ({"processor_config.json": {"image_processor": None}, "preprocessor_config.json": IMAGES | {"size": 48}}, [0.1, 0.2, 0.3]),
 ])
 def test_image_settings(keel, pictured, tmp_path, files, mean):
     for name, content in files.items():
@@ -614,12 +615,17 @@ def test_image_settings(keel, pictured, tmp_path, files, mean):
 
 @pytest.mark.parametrize("change", [
     {"resample": 3}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 1.0}, {"do_resize": False},
-    {"size": {"height": 896, "width": 896}}, {"image_std": [0, 1, 1]}, {"image_mean": [0.5, 0.5]},
+    {"do_normalize": None}, {"size": {"height": 896, "width": 896}}, {"size": {"shortest_edge": 48}}, {"size": 20}, {"image_std": [0, 1, 1]}, {"image_mean": [0.5, 0.5]},
 ])
 def test_image_settings_that_keel_does_not_follow(keel, pictured, tmp_path, change):
     (pictured / "processor_config.json").write_text(json.dumps({"image_processor": IMAGES | change}))
-    keel.fails("convert", pictured, "--mmproj-out", tmp_path / "v.gguf", says=("processor_config.json", *change))
-    assert not (tmp_path / "v.gguf").exists()
+    value = [] if "image" in next(iter(change)) else [json.dumps(next(iter(change.values())))]
+    keel.fails("convert", pictured, "--mmproj-out", tmp_path / "v.gguf", says=("processor_config.json", *change, *value), leaves=tmp_path)
+
+
+def test_a_list_of_image_settings(keel, pictured, tmp_path):
+    (pictured / "processor_config.json").write_text('{"image_processor": []}')
+    keel.fails("convert", pictured, "--mmproj-out", tmp_path / "v.gguf", says="processor_config.json: image_processor: must be an object")
 
 
 def test_a_new_processor_file_converts_anew(keel, pictured, tmp_path):
