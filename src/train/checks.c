@@ -214,15 +214,21 @@ out:
     return st;
 }
 
+static bool has_images(const struct keel_train_set *set)
+{
+    for (uint64_t i = 0; i < set->n_rows; i++) {
+        if (set->rows[i].n_images > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 // A tower learns from images only: without any, its adapter stays as it began.
 static keel_status check_images(const struct keel_train_run *r)
 {
     keel_status st = KEEL_OK;
-    bool any = false;
-    for (uint64_t i = 0; i < r->set.n_rows; i++) {
-        any = any || r->set.rows[i].n_images > 0;
-    }
-    if (!(r->targets & KEEL_VISION_TARGETS) || any) {
+    if (!(r->targets & KEEL_VISION_TARGETS) || has_images(&r->set) || has_images(&r->lisa.set)) {
         return KEEL_OK;
     }
     if (r->targets & ~KEEL_VISION_TARGETS) {

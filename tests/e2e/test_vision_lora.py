@@ -226,6 +226,8 @@ def test_bad_use(keel, make_pair, tmp_path):  # noqa: F811
     keel.fails(*train_args(model, text, never, mmproj=mmproj, targets="vision.*"), says="no row of --data has an image")
     r = keel(*train_args(model, text, tmp_path / "both.gguf", mmproj=mmproj, targets="attn_v,vision.*", steps=1))
     assert r.err.count("learns nothing") == 1
+    # The alignment rows have images.
+    keel(*train_args(model, text, tmp_path / "lisa.gguf", mmproj=mmproj, targets="vision.*", steps=1, lisa_data=data))
     write_gguf(tmp_path / "v.gguf", vision_adapter(vlm.shape, 5))
     fails("vision tower too", init_adapter=tmp_path / "v.gguf", rank=RANK, mmproj=mmproj, targets="all")
     keel.fails("export", "-m", model, "--adapter", tmp_path / "v.gguf", "--out", tmp_path / "peft", says="vision tower")
