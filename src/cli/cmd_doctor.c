@@ -121,6 +121,10 @@ static int doctor_run(const void *args)
     struct keel_doctor_whole whole = { 0 };
     struct keel_doctor_report *report = calloc(1, sizeof *report);
     keel_status st = report ? KEEL_OK : KEEL_ERR_NO_MEMORY;
+    if (a->common.type && !a->common.model) {
+        say(&c, KEEL_LOG_ERROR, "--type is of a model; name it with -m");
+        st = KEEL_ERR_ARG;
+    }
     if (st == KEEL_OK) {
         st = a->common.model ? context_load(&c, &a->common) : context_open_device(&c, &a->common);
     }

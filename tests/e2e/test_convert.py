@@ -656,6 +656,7 @@ eval: {{narrow: rows.jsonl}}
     keel("study", tmp_path / "study.yaml", "--out", tmp_path / "out")  # the same study
     keel.fails("study", tmp_path / "study.yaml", "--type", "q4_0", "--out", tmp_path / "out", says="another study", leaves=tmp_path / "out")
     keel.fails("doctor", "-m", tiny_a, "--type", "q8_0", says="a type is for Hugging Face folders")
+    keel.fails("doctor", "--type", "q8_0", says="-m")
 
 
 def test_a_damaged_conversion_is_named(keel, pictured, tmp_path):
