@@ -154,6 +154,18 @@ static keel_status folder_hash(const char *folder, const char *type, bool vision
     return st;
 }
 
+// Whether what is in the cache has all its tensors: a disk that was full or a copy cut short is no reason to blame the folder.
+static bool is_whole(const char *path)
+{
+    const keel_log silent = {0};
+    struct keel_map map = {0};
+    keel_gguf *g = NULL;
+    const bool whole = keel_map_open(&map, path, &silent) == KEEL_OK && keel_gguf_parse(&g, map.data, map.len_bytes, path, &silent) == KEEL_OK;
+    keel_gguf_destroy(&g);
+    keel_map_close(&map);
+    return whole;
+}
+
 keel_status keel_convert_cached(const char *folder, const char *type, bool vision, char *path, size_t path_bytes,
                                 const keel_log *log)
 {
@@ -177,8 +189,8 @@ keel_status keel_convert_cached(const char *folder, const char *type, bool visio
     if (n < 0 || (size_t)n >= path_bytes) {
         KEEL_FAIL(log, KEEL_ERR_IO, "%s: the path of the cache folder is too long", dir);
     }
-    if (!keel_path_exists(path)) {
-        KEEL_INFO(log, "%s: converting once into %s", folder, path);
+    if (!is_whole(path)) {
+        KEEL_INFO(log, "%s: converting %s into %s", folder, keel_path_exists(path) ? "again, the copy is damaged," : "once", path);
         KEEL_TRY(convert(folder, path, vision, &params, log));
     }
 out:

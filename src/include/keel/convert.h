@@ -40,8 +40,8 @@ struct keel_merge_adapter {
 KEEL_API keel_status keel_merge(const char *from, const struct keel_merge_adapter *adapters, size_t n, const char *to,
                                 const struct keel_convert_params *params, const keel_log *log);
 
-// The GGUF that stands for a Hugging Face folder in keel's cache folder, converted now if it is not there or if a file of the
-// folder has changed since (name, size or time of change). keel_model_open() uses it for folders. `type` as in the params;
+// The GGUF that stands for a Hugging Face folder in keel's cache folder, converted now if it is not there or cut short, or if a file
+// of the folder has changed since (name, size or time of change). keel_model_open() uses it for folders. `type` as in the params;
 // `vision`: the tower instead of the language model. Errors: as above, and IO if there is no cache folder.
 KEEL_API keel_status keel_convert_cached(const char *folder, const char *type, bool vision, char *path, size_t path_bytes,
                                          const keel_log *log);
